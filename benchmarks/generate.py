@@ -1,0 +1,99 @@
+"""Generation with a cache beside reading the window anew for every byte, in turn.
+
+Past the first T bytes, where every T / 2 bytes the window slides; that is counted in.
+
+python -m benchmarks.generate --threads 1
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import click
+import torch
+from torch import Tensor
+
+from benchmarks.timing import describe_machine, keep_freed_memory
+from niels_gpt import ModelConfig, TrainConfig, make_state
+from niels_gpt.generate import begin, bind, extend, window_start
+from niels_gpt.loss import Tree, forward
+
+Side = Callable[[], None]
+
+
+def cached(params: Tree, cfg: ModelConfig, text: Tensor) -> Side:
+    """Read what follows the first T of the texts (B, T + n), one byte at a time."""
+    model = bind(params, cfg)
+    first = begin(model, text[:, : cfg.T])
+
+    def side() -> None:
+        context = first
+        for ids in text[:, cfg.T :].unbind(1):
+            context = extend(model, context, ids)
+
+    return side
+
+
+def recomputed(params: Tree, cfg: ModelConfig, text: Tensor) -> Side:
+    """Read the same, for each byte all of the last T."""
+
+    def side() -> None:
+        for n in range(cfg.T + 1, text.shape[1] + 1):
+            forward(params, text[:, n - cfg.T : n], cfg)
+
+    return side
+
+
+def recomputed_windows(params: Tree, cfg: ModelConfig, text: Tensor) -> Side:
+    """Read the same, for each byte the window that the cache covers."""
+
+    def side() -> None:
+        for n in range(cfg.T + 1, text.shape[1] + 1):
+            forward(params, text[:, window_start(n, cfg.T) : n], cfg)
+
+    return side
+
+
+SIDES = {
+    "cached": cached,
+    "last T anew": recomputed,
+    "same window anew": recomputed_windows,
+}
+
+
+@click.command()
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option(
+    "-n", "n", type=click.IntRange(1), default=128, show_default=True, help="Bytes a round."
+)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="Default: torch's own choice.")
+@click.option("--cpu-time", is_flag=True, help="Count processor seconds: for a busy machine.")
+def main(rounds: int, n: int, batch: int, threads: int | None, cpu_time: bool) -> None:
+    """Print bytes per second past T bytes with the default model, and the ratios."""
+    if threads:
+        torch.set_num_threads(threads)
+    keep_freed_memory()
+    cfg = ModelConfig()
+    params = make_state(cfg, TrainConfig()).params
+    text = torch.randint(256, (batch, cfg.T + n), generator=torch.Generator().manual_seed(0))
+    clock = time.process_time if cpu_time else time.perf_counter
+    sides = {name: side(params, cfg, text) for name, side in SIDES.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    with torch.no_grad():
+        for _ in range(rounds):
+            for name, side in sides.items():
+                started = clock()
+                side()
+                seconds[name].append(clock() - started)
+    click.echo(", ".join(f"{key} {value}" for key, value in describe_machine().items()))
+    median = {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
+    for name, value in median.items():
+        rate = batch * n / value
+        ratio = value / median["cached"]
+        click.echo(f"{name:17s} {rate:9.0f} bytes/s, {ratio:5.1f} times the time of the cache")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""The rows of the performance table: one function a figure, each a ratio measured in one run."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.sides import SIDES, Side, make_side
+from benchmarks.timing import make_sgemm, median_seconds, sgemm_flops
+from niels_gpt import evaluate, make_state
+from niels_gpt.config import ModelConfig, TrainConfig
+from niels_gpt.flops import forward_flops, step_flops
+from niels_gpt.paths import CONFIG_DIR
+
+DEFAULT = ModelConfig()
+SMALL = ModelConfig(L=4, H=4, C=128, T=64, d_ff=512, dropout=0.0)
+LARGE = ModelConfig(L=8, H=8, C=512, T=512, d_ff=2048)
+
+
+class Figure(NamedTuple):
+    """One measured figure beside its bar."""
+
+    name: str
+    value: float
+    bar: float
+    at_least: bool  # else the bar is an upper limit
+    detail: dict[str, float]  # what the value was made of: seconds, bytes, GFLOP/s
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.bar if self.at_least else self.value <= self.bar
+
+
+class Effort(NamedTuple):
+    """How long to measure."""
+
+    rounds: int
+    warmup: int
+
+
+def eager_step(effort: Effort) -> list[Figure]:
+    """Speed of the default model against the plain loop, and the share of the floor."""
+    return _compare("eager", DEFAULT, TrainConfig(), effort, bar=1.5)
+
+
+def compiled_step(effort: Effort) -> list[Figure]:
+    return _compare("compiled", DEFAULT, TrainConfig(), effort, bar=1.5, floor_bar=0.8)
+
+
+def small_model(effort: Effort) -> list[Figure]:
+    cfg = TrainConfig(B=12)
+    return [
+        *_compare("eager, small", SMALL, cfg, effort, bar=1.1),
+        *_compare("compiled, small", SMALL, cfg, effort, bar=1.3),
+    ]
+
+
+def large_model(effort: Effort) -> list[Figure]:
+    """Share of the floor that the large model reaches, eager and compiled."""
+    cfg = TrainConfig(B=8)
+    seconds = median_seconds(
+        {
+            "sgemm": make_sgemm(),
+            "eager": make_side("niels_gpt", LARGE, cfg),
+            "compiled": make_side("niels_gpt", LARGE, cfg, compiled=True),
+        },
+        rounds=effort.rounds,
+        warmup=effort.warmup,
+    )
+    return [
+        _share_of_floor(f"{name}, large", LARGE, cfg, seconds[name], seconds["sgemm"], bar=0.85)
+        for name in ("eager", "compiled")
+    ]
+
+
+def dropout_cost(effort: Effort) -> list[Figure]:
+    """Time that dropout 0.1 adds to the same step without it, as a share of the latter."""
+    cfg = TrainConfig()
+    models = {"with": DEFAULT, "without": replace(DEFAULT, dropout=0.0)}
+    figures = []
+    for compiled in (False, True):
+        sides = {n: make_side("niels_gpt", m, cfg, compiled=compiled) for n, m in models.items()}
+        seconds = median_seconds(sides, rounds=effort.rounds, warmup=effort.warmup)
+        cost = seconds["with"] / seconds["without"] - 1
+        mode = "compiled" if compiled else "eager"
+        figures.append(Figure(f"dropout cost, {mode}", cost, 0.12, False, seconds))
+    return figures
+
+
+def memory(effort: Effort) -> list[Figure]:
+    """Peak resident size against the plain loop's, and page faults per step."""
+    config = str(CONFIG_DIR / "smoke.json")
+    measured = {
+        side: _child("memory", side, "--config", config, "--steps", str(effort.rounds))
+        for side in SIDES
+    }
+    peaks = {side: values["peak_bytes"] for side, values in measured.items()}
+    faults = {side: values["faults_per_step"] for side, values in measured.items()}
+    ratio = peaks["niels_gpt"] / peaks["imperative"]
+    return [
+        Figure("peak memory against plain loop", ratio, 0.6, False, peaks),
+        Figure("page faults per step", faults["niels_gpt"], 2000, False, faults),
+    ]
+
+
+def loop_overhead(effort: Effort) -> list[Figure]:
+    """What the command adds between steps (batch, lr, guard, logging), against the steps."""
+    config = str(CONFIG_DIR / "smoke.json")
+    values = _child("loop", "--config", config, "--steps", str(effort.rounds))
+    return [Figure("loop overhead", values["overhead"], 0.01, False, values)]
+
+
+def evaluation(effort: Effort) -> list[Figure]:
+    """Share of the forward floor that `evaluate` reaches."""
+    batches = 4
+    cfg = TrainConfig(eval_steps=batches)
+    state = make_state(DEFAULT, cfg)
+    stream = bytes(torch.randint(256, (1_000_000,), dtype=torch.uint8).tolist())
+    seconds = median_seconds(
+        {"sgemm": make_sgemm(), "evaluate": lambda: evaluate(state, stream, 1)},
+        rounds=effort.rounds,
+        warmup=effort.warmup,
+    )
+    flops = batches * forward_flops(DEFAULT, B=cfg.B)
+    share = flops / (sgemm_flops() / seconds["sgemm"]) / seconds["evaluate"]
+    return [Figure("evaluation against forward floor", share, 0.75, True, seconds)]
+
+
+def start_up(effort: Effort) -> list[Figure]:
+    """Seconds from the command to the first finished step of the quick config, warm caches."""
+    figures = []
+    for flag, bar in (("--no-compile", 5.0), ("--compile", 15.0)):
+        _seconds_to_first_step(flag)  # warms the caches
+        repeats = [_seconds_to_first_step(flag) for _ in range(max(3, effort.rounds // 3))]
+        seconds = statistics.median(repeats)
+        figures.append(
+            Figure(f"start to first step, {flag}", seconds, bar, False, {"slowest": max(repeats)})
+        )
+    return figures
+
+
+ROWS: dict[str, Callable[[Effort], list[Figure]]] = {
+    row.__name__: row
+    for row in (
+        eager_step,
+        compiled_step,
+        dropout_cost,
+        memory,
+        small_model,
+        large_model,
+        loop_overhead,
+        evaluation,
+        start_up,
+    )
+}
+
+
+def _compare(
+    mode: str,
+    model_cfg: ModelConfig,
+    cfg: TrainConfig,
+    effort: Effort,
+    *,
+    bar: float,
+    floor_bar: float = 0.0,
+) -> list[Figure]:
+    """Time both sides in turn: their ratio, and our share of the floor."""
+    compiled = mode.startswith("compiled")
+    sides: dict[str, Side] = {
+        name: make_side(name, model_cfg, cfg, compiled=compiled) for name in SIDES
+    }
+    seconds = median_seconds(
+        {"sgemm": make_sgemm(), **sides}, rounds=effort.rounds, warmup=effort.warmup
+    )
+    ratio = seconds["imperative"] / seconds["niels_gpt"]
+    return [
+        Figure(f"{mode} step against plain loop", ratio, bar, True, seconds),
+        _share_of_floor(
+            mode, model_cfg, cfg, seconds["niels_gpt"], seconds["sgemm"], bar=floor_bar
+        ),
+    ]
+
+
+def _share_of_floor(
+    mode: str,
+    model_cfg: ModelConfig,
+    cfg: TrainConfig,
+    seconds: float,
+    sgemm_seconds: float,
+    *,
+    bar: float,
+) -> Figure:
+    rate = sgemm_flops() / sgemm_seconds
+    floor = step_flops(model_cfg, B=cfg.B) / rate
+    detail = {"seconds": seconds, "floor_seconds": floor, "sgemm_gflops": rate / 1e9}
+    return Figure(f"{mode} step, share of the floor", floor / seconds, bar, True, detail)
+
+
+def _child(*args: str) -> dict[str, float]:
+    """Run `benchmarks.child` and return the JSON object of its last line."""
+    command = [
+        *(sys.executable, "-W", "ignore", "-m", "benchmarks.child"),
+        *("--threads", str(torch.get_num_threads())),
+        *args,
+    ]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    values: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return values
+
+
+def _seconds_to_first_step(flag: str) -> float:
+    command = [sys.executable, "-m", "niels_gpt.train", "--config", "quick.json", flag]
+    started = time.perf_counter()
+    with (
+        tempfile.TemporaryDirectory() as out,
+        subprocess.Popen([*command, "--out", out], stdout=subprocess.PIPE, text=True) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step"):
+                seconds = time.perf_counter() - started
+                process.terminate()
+                process.communicate()
+                return seconds
+    raise RuntimeError(f"{' '.join(command)} ended before its first step")

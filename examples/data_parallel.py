@@ -1,0 +1,80 @@
+"""Train on several processes or machines: the same step, with other gradients.
+
+    torchrun --nproc-per-node 2 examples/data_parallel.py --config quick --out checkpoints/two
+
+Each rank computes the gradient of its rows of batch k; their mean is that of the whole, to
+rounding. The files are those of `niels-gpt train`: each resumes what the other saved.
+"""
+
+import hashlib
+import io
+import sys
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from niels_gpt import ModelConfig, durable, loop, run
+from niels_gpt.commands.options import PATH, source_options
+from niels_gpt.config import find_config, load_config_from_json
+from niels_gpt.console import Console
+from niels_gpt.loss import Batch, Tree, gradients
+from niels_gpt.options import TrainOptions
+from niels_gpt.plan import make_plan
+from niels_gpt.step import train_step
+from niels_gpt.stop import Stop
+
+
+def parallel_gradients(
+    params: Tree, batch: Batch, cfg: ModelConfig, drop: Tensor | None
+) -> tuple[Tree, Tensor]:
+    """Compute what `gradients` does, of which this rank does its share of the rows."""
+    rows = torch.arange(len(batch[0])).chunk(dist.get_world_size())[dist.get_rank()]
+    own = batch[0][rows], batch[1][rows]
+    grads, loss = gradients(params, own, cfg, None if drop is None else drop[rows])
+    mean = mean_over_ranks({**grads, "loss": loss})
+    return {name: mean[name] for name in grads}, mean["loss"]
+
+
+def mean_over_ranks(tree: Tree) -> Tree:
+    """Average a tree over the ranks in one exchange; every rank gets the same bits."""
+    flat = torch.cat([x.flatten() for x in tree.values()]) / dist.get_world_size()
+    dist.all_reduce(flat)
+    parts = torch.split(flat, [x.numel() for x in tree.values()])
+    return {name: part.view_as(tree[name]) for name, part in zip(tree, parts, strict=True)}
+
+
+@click.command()
+@click.option("--config", required=True)
+@click.option("--out", type=PATH, required=True)
+@click.option("--resume")
+@click.option("--set", "overrides", multiple=True)
+@source_options
+def main(**given: Any) -> None:
+    """Train with the loop of niels_gpt and the gradients above."""
+    options = TrainOptions(device="cpu", **given)
+    configs = load_config_from_json(find_config(options.config), options.overrides)
+    plan, console = make_plan(*configs, options), Console()
+    dist.init_process_group("gloo")
+    same = hashlib.sha256(repr((configs, plan.sources, plan.state.step)).encode()).digest()
+    of_all = torch.tensor(list(same))
+    dist.all_reduce(of_all, dist.ReduceOp.MAX)
+    if bytes(of_all.tolist()) != same or configs[1].B % dist.get_world_size():
+        raise click.ClickException("all ranks need the same config and text, and must divide B")
+    durable.make_folder(plan.out)
+    folder = run.Folder(plan, console)
+    step = partial(train_step, gradients=parallel_gradients)
+    ports = run.ports_of(plan, folder, run.Reporter(plan, folder.metrics, console), Stop(), step)
+    if dist.get_rank() > 0:  # the first rank alone speaks and saves
+        sys.stdout = io.StringIO()
+        ports = replace(ports, save=lambda *_: True)
+    loop.run(plan.state, plan.scores, ports)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

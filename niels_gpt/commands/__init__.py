@@ -1,0 +1,1 @@
+"""One thin click command a file: parse, call one function, print. Torch is imported on the call."""

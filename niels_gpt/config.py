@@ -1,0 +1,463 @@
+"""The two configs of a run as frozen, checked values, and the strict JSON they are read from.
+
+Standard library only, so that a bad config is reported before torch is imported.
+"""
+
+import codecs
+import dataclasses
+import difflib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from niels_gpt import paths
+
+SOURCE_NAMES = ("wiki", "roam", "primer")
+MAX_CONFIG_BYTES = 1_000_000
+MAX_INT_DIGITS = 100
+MAX_LISTED = 100  # problems in one message
+LARGEST_FLOAT = 1e30  # float32 holds it with room for one multiplication
+
+
+def default_p_train() -> dict[str, float]:
+    """Return the share of each source in training: primer 2 %, the rest wiki:roam = 80:20."""
+    return {"wiki": 0.784, "roam": 0.196, "primer": 0.020}
+
+
+def _bounds(
+    low: float, high: float, meaning: str, *, open_low: bool = False, open_high: bool = False
+) -> dict[str, Any]:
+    """Return dataclass field metadata: the legal range and what the value means."""
+    return {
+        "low": low,
+        "high": high,
+        "open_low": open_low,
+        "open_high": open_high,
+        "meaning": meaning,
+    }
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a GPT. Raises one ValueError that lists every illegal value."""
+
+    V: int = field(default=256, metadata=_bounds(1, 65_536, "vocabulary, byte values"))
+    T: int = field(default=256, metadata=_bounds(1, 1_048_576, "context length, bytes"))
+    C: int = field(default=256, metadata=_bounds(2, 65_536, "width of the residual stream"))
+    L: int = field(default=4, metadata=_bounds(1, 1_024, "number of blocks"))
+    H: int = field(default=4, metadata=_bounds(1, 1_024, "attention heads; C/H has to be even"))
+    d_ff: int = field(default=1024, metadata=_bounds(1, 1_048_576, "width inside the MLP"))
+    dropout: float = field(
+        default=0.1, metadata=_bounds(0, 1, "probability to drop an activation", open_high=True)
+    )
+    rope_theta: float = field(
+        default=10000.0, metadata=_bounds(1e-6, 1e12, "base of the rotary frequencies")
+    )
+
+    def __post_init__(self) -> None:
+        _adopt(self, _field_problems(ModelConfig, vars(self)))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a run goes. Raises one ValueError that lists every illegal value.
+
+    `p_train` is the config's own copy of what was given; None stands for `default_p_train()`.
+    It makes the config unhashable.
+    """
+
+    seed: int = field(default=42, metadata=_bounds(0, 2**63 - 1, "key of every random draw"))
+    B: int = field(default=32, metadata=_bounds(1, 1_048_576, "rows of a batch"))
+    total_steps: int = field(default=20000, metadata=_bounds(1, 10**9, "updates in the run"))
+    eval_every: int = field(
+        default=200, metadata=_bounds(1, 10**9, "updates from one evaluation to the next")
+    )
+    eval_steps: int = field(default=100, metadata=_bounds(1, 10**9, "batches of an evaluation"))
+    log_every: int = field(
+        default=50, metadata=_bounds(1, 10**9, "updates from one log line to the next")
+    )
+    ckpt_every: int = field(
+        default=1000, metadata=_bounds(1, 10**9, "updates from one step_*.pt to the next")
+    )
+    base_lr: float = field(
+        default=3e-4, metadata=_bounds(0, LARGEST_FLOAT, "learning rate after the warmup")
+    )
+    warmup_steps: int = field(default=200, metadata=_bounds(0, 10**9, "updates of linear warmup"))
+    min_lr: float = field(
+        default=3e-5, metadata=_bounds(0, LARGEST_FLOAT, "learning rate of the last update")
+    )
+    grad_clip: float = field(
+        default=1.0,
+        metadata=_bounds(0, LARGEST_FLOAT, "largest global norm of the gradient", open_low=True),
+    )
+    weight_decay: float = field(
+        default=0.1, metadata=_bounds(0, LARGEST_FLOAT, "AdamW's decoupled decay")
+    )
+    p_train: dict[str, float] = field(
+        default_factory=default_p_train,
+        metadata={"meaning": "probability of each source, summing to 1"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.p_train is None:
+            object.__setattr__(self, "p_train", default_p_train())
+        _adopt(self, _field_problems(TrainConfig, vars(self)))
+        object.__setattr__(self, "p_train", {k: float(v) for k, v in self.p_train.items()})
+
+
+SECTIONS: dict[str, type[ModelConfig] | type[TrainConfig]] = {
+    "model": ModelConfig,
+    "train": TrainConfig,
+}
+
+
+# --- checking values ---------------------------------------------------------------------------
+
+
+def _adopt(config: ModelConfig | TrainConfig, problems: list[str]) -> None:
+    """Raise if there are problems; else make each number a plain one of its field's type."""
+    if problems:
+        raise ValueError(f"{type(config).__name__}: " + "; ".join(problems))
+    for f in fields(config):
+        if f.type in (int, float):
+            object.__setattr__(config, f.name, f.type(getattr(config, f.name)))
+
+
+def _field_problems(
+    cls: type[ModelConfig] | type[TrainConfig], values: Mapping[str, object], prefix: str = ""
+) -> list[str]:
+    """Return one line per illegal value; rules between fields are checked on legal values only."""
+    problems = []
+    legal: dict[str, Any] = {}
+    for f in fields(cls):
+        value = values[f.name]
+        problem = (
+            _p_train_problem(value)
+            if f.name == "p_train"
+            else _number_problem(value, whole=f.type is int, bounds=f.metadata)
+        )
+        if problem:
+            problems.append(f"{prefix}{f.name}={_show(value)} {problem}")
+        else:
+            legal[f.name] = value
+    return problems + [prefix + line for line in _relation_problems(legal)]
+
+
+def _number_problem(value: object, *, whole: bool, bounds: Mapping[str, Any]) -> str | None:
+    low, high = bounds["low"], bounds["high"]
+    if (
+        isinstance(value, int if whole else (int, float))
+        and not isinstance(value, bool)
+        and (low < value if bounds["open_low"] else low <= value)
+        and (value < high if bounds["open_high"] else value <= high)
+    ):
+        return None
+    kind = "a whole number" if whole else "a number"
+    left, right = "(" if bounds["open_low"] else "[", ")" if bounds["open_high"] else "]"
+    return f"has to be {kind} in {left}{low}, {high}{right}"
+
+
+def _p_train_problem(value: object) -> str | None:
+    if not isinstance(value, Mapping) or not value:
+        return "has to be an object of source names and probabilities"
+    names = [_show(name) for name in value if not (isinstance(name, str) and name)]
+    if names:
+        return f"has keys that are not source names: {', '.join(names)}"
+    bounds = _bounds(0, 1, "")
+    wrong = [
+        f"{name}={_show(p)}"
+        for name, p in value.items()
+        if _number_problem(p, whole=False, bounds=bounds)
+    ]
+    if wrong:
+        return f"has values that are not probabilities from 0 to 1: {', '.join(wrong)}"
+    total = math.fsum(value.values())
+    if abs(total - 1) > 1e-6:
+        return f"sums to {total:.9g}, has to sum to 1"
+    return None
+
+
+def _relation_problems(legal: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if "C" in legal and "H" in legal:
+        C, H = legal["C"], legal["H"]
+        if C % H:
+            problems.append(f"H={H} does not divide C={C}")
+        elif C // H % 2:
+            problems.append(f"C={C} over H={H} gives the odd head width {C // H}, has to be even")
+    if "min_lr" in legal and "base_lr" in legal and legal["min_lr"] > legal["base_lr"]:
+        problems.append(f"min_lr={legal['min_lr']} is above base_lr={legal['base_lr']}")
+    return problems
+
+
+def _show(value: object) -> str:
+    """Return a short ASCII picture of any value, as JSON writes it where JSON can."""
+    if isinstance(value, int) and value.bit_length() > 512:
+        return f"(an integer of {value.bit_length()} bits)"
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = f"({type(value).__name__})"
+    return _shorten(text)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+# --- strict JSON -------------------------------------------------------------------------------
+
+
+def parse_json(text: str) -> Any:
+    """Parse one JSON value as RFC 8259 means it; ValueError says what is wrong and where.
+
+    Refused beyond what `json` refuses: duplicate keys, NaN and Infinity, numbers that overflow a
+    float, integers over 100 digits, and nesting deeper than the interpreter's stack.
+    """
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=_object_without_duplicates,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+            parse_int=_short_int,
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"not valid JSON, line {error.lineno} column {error.colno}: {error.msg}"
+        ) from None
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = [_show(key) for key, count in counts.items() if count > 1]
+        raise ValueError(f"key given more than once: {', '.join(twice[:MAX_LISTED])}")
+    return result
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number that JSON allows")
+
+
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits[:40]} is too large for a float")
+    return value
+
+
+def _short_int(digits: str) -> int:
+    if len(digits) > MAX_INT_DIGITS:
+        raise ValueError(f"{digits[:20]}... is an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def load_json(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Any:
+    """Read one JSON value from a UTF-8 file, strictly (see `parse_json`).
+
+    FileNotFoundError where there is no such file, else ValueError that names the file. Reads at
+    most `max_bytes` + 1 bytes.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a NUL byte in the name
+        raise ValueError(f"{str(path)!r} is no file name: {error}") from None
+    if max_bytes is not None and len(data) > max_bytes:
+        raise ValueError(f"{path}: larger than {max_bytes} bytes, that is no config")
+    if data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path}: begins with a byte order mark; save it as UTF-8 without BOM")
+    try:
+        return parse_json(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def save_json(path: str | os.PathLike[str], data: object) -> None:
+    """Write `data` as UTF-8 JSON, indent 2, keys sorted. NaN and infinities are refused.
+
+    A value that JSON cannot hold raises before the file is touched.
+    """
+    text = json.dumps(data, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
+    Path(path).write_bytes((text + "\n").encode("utf-8"))
+
+
+def to_dict(obj: Any) -> dict[str, Any]:
+    """Return a dataclass as nested plain dicts that share nothing with it."""
+    return dataclasses.asdict(obj)
+
+
+# --- config documents --------------------------------------------------------------------------
+
+
+def load_config_from_json(
+    path: str | os.PathLike[str], overrides: Iterable[str] = ()
+) -> tuple[ModelConfig, TrainConfig]:
+    """Read `{"model": {...}, "train": {...}}`; what is missing takes the default.
+
+    `overrides` are `--set` arguments such as `train.B=8`. Every problem is in one ValueError;
+    FileNotFoundError where there is no such file.
+    """
+    doc = load_json(path, max_bytes=MAX_CONFIG_BYTES)
+    overrides = tuple(overrides)
+    if not overrides:
+        return config_from_dict(doc, where=str(path), from_file=True)
+    where = f"{path} with " + " ".join(f"--set {_shorten(override)}" for override in overrides)
+    new_doc = apply_overrides(doc, overrides, where=str(path))
+    return config_from_dict(new_doc, where=where, from_file=True)
+
+
+def config_from_dict(
+    doc: object, *, where: str, from_file: bool = False
+) -> tuple[ModelConfig, TrainConfig]:
+    """Check a config document and build both configs; `where` opens the error message.
+
+    What comes `from_file` also has to suit the data that files give: a vocabulary that holds
+    every byte, and in `p_train` only sources that can be built.
+    """
+    sections = _require_sections(doc, where=where)
+    problems = _key_problems(sections)
+    for name, cls in SECTIONS.items():
+        values = vars(cls())
+        given = {key: value for key, value in sections.get(name, {}).items() if key in values}
+        if given.get("p_train", ...) is None:
+            del given["p_train"]
+        problems += _field_problems(cls, {**values, **given}, prefix=f"{name}.")
+    _raise_problems(where, problems + (_data_problems(sections) if from_file else []))
+    return (
+        replace(ModelConfig(), **sections.get("model", {})),
+        replace(TrainConfig(), **sections.get("train", {})),
+    )
+
+
+def apply_overrides(
+    doc: object, overrides: Iterable[str], *, where: str = "config"
+) -> dict[str, Any]:
+    """Return a new document with `section.key=VALUE` set for each override, the last one winning.
+
+    VALUE is JSON. `train.p_train.wiki=0.5` sets one probability and keeps the others. ValueError
+    for an unknown key or a VALUE that is not JSON; whether the value is legal is
+    `config_from_dict`'s question. `where` names `doc` in its own errors.
+    """
+    new_doc: dict[str, Any] = deepcopy(_require_sections(doc, where=where))
+    for override in overrides:
+        section, key, source, value = _parse_override(override)
+        values = new_doc.setdefault(section, {})
+        if source is None:
+            values[key] = value
+            continue
+        p_train = values.get(key)
+        if p_train is None:
+            p_train = default_p_train()
+        if not isinstance(p_train, dict):
+            raise ValueError(f"{where}: train.p_train={_show(p_train)} has to be an object")
+        values[key] = {**p_train, source: value}
+    return new_doc
+
+
+def _parse_override(override: str) -> tuple[str, str, str | None, Any]:
+    """Split `train.p_train.wiki=0.5` into its section, key, source (None without) and value."""
+    where = f"--set {_shorten(override)}"
+    dotted, equals, text = override.partition("=")
+    section, _, rest = dotted.strip().partition(".")
+    key, dot, source = rest.partition(".")
+    if not equals or not key or (dot and (section, key) != ("train", "p_train")):
+        raise ValueError(f"{where}: has to be SECTION.KEY=VALUE, such as train.total_steps=20")
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: the value is not JSON: {error}") from None
+    doc = {section: {key: {source: value} if dot else value}}
+    _raise_problems(where, _key_problems(doc) or _data_problems(doc))
+    return section, key, source if dot else None, value
+
+
+def find_config(name: str | os.PathLike[str]) -> Path:
+    """Return the config file: as given, else a bare name in CONFIG_DIR, else in the package.
+
+    A bare name may lack its `.json`. FileNotFoundError lists the configs known by name.
+    """
+    given = Path(name)
+    if os.path.exists(given) and not os.path.isdir(given):
+        return given
+    folders = (paths.CONFIG_DIR, paths.PACKAGE_DIR / "configs")
+    if len(given.parts) == 1:
+        for folder in folders:
+            for candidate in (folder / given, folder / f"{given}.json"):
+                if os.path.isfile(candidate):
+                    return candidate
+    known = sorted({file.stem for folder in folders for file in folder.glob("*.json")})
+    what = "is a folder, not a config file" if os.path.isdir(given) else "no such config file"
+    raise FileNotFoundError(f"{name}: {what}; known by name: {', '.join(known) or 'none'}")
+
+
+def _require_sections(doc: object, *, where: str) -> dict[str, dict[str, Any]]:
+    if not isinstance(doc, dict):
+        raise ValueError(
+            f'{where}: has to be an object with the sections "model" and "train", not {_show(doc)}'
+        )
+    wrong = [
+        f"{name}={_show(doc[name])} has to be an object"
+        for name in SECTIONS
+        if not isinstance(doc.get(name, {}), dict)
+    ]
+    _raise_problems(where, wrong)
+    return doc
+
+
+def _key_problems(doc: Mapping[str, Any]) -> list[str]:
+    """Return one line per unknown section and key."""
+    problems = _unknown("section", "", doc, SECTIONS)
+    for name, cls in SECTIONS.items():
+        known = [f.name for f in fields(cls)]
+        problems += _unknown("key", f"{name}.", doc.get(name, {}), known)
+    return problems
+
+
+def _data_problems(doc: Mapping[str, Any]) -> list[str]:
+    """Return what does not suit byte streams that are built from files."""
+    V, p_train = doc.get("model", {}).get("V"), doc.get("train", {}).get("p_train")
+    problems = []
+    if isinstance(V, int) and not isinstance(V, bool) and 1 <= V < 256:
+        problems.append(f"model.V={V} leaves out bytes, has to be at least 256")
+    if isinstance(p_train, dict):
+        problems += _unknown("source", "train.p_train.", p_train, SOURCE_NAMES)
+    return problems
+
+
+def _unknown(kind: str, prefix: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return a line with the nearest known name for each of `names` that is not known."""
+    unknown = [str(name) for name in names if name not in known]
+    by_lower = {k.lower(): k for k in known}
+    no_hint = f"known: {', '.join(known)}"
+    lines = []
+    for name in unknown[:MAX_LISTED]:
+        near = difflib.get_close_matches(name[:80].lower(), by_lower, n=1)
+        hint = f"did you mean {prefix}{by_lower[near[0]]}?" if near else no_hint
+        shown = name if name.isidentifier() and name.isascii() and len(name) <= 80 else _show(name)
+        lines.append(f"unknown {kind} {prefix}{shown} ({hint})")
+    return lines + ([f"and {len(unknown) - len(lines)} more"] if len(unknown) > len(lines) else [])
+
+
+def _raise_problems(where: str, problems: list[str]) -> None:
+    if problems:
+        separator = "\n  " if len(problems) > 1 else " "
+        raise ValueError(f"{where}:" + separator + separator.join(problems))

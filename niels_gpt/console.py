@@ -1,0 +1,55 @@
+"""What a run says: lines on stdout, warnings on stderr, a live line where somebody watches.
+
+A reader that goes away (`| head`) or a full disk behind a log must not end a training, so that a
+stream that cannot be written is given up.
+"""
+
+import contextlib
+import os
+import sys
+from typing import IO
+
+import click
+
+
+class Console:
+    """Lines to stdout and stderr, and on a terminal one line that replaces itself."""
+
+    def __init__(self) -> None:
+        self.is_live = sys.stdout.isatty()
+        self._live = ""
+
+    def say(self, line: str) -> None:
+        """Print a line on stdout."""
+        self._clear()
+        _write(line + "\n", sys.stdout)
+
+    def warn(self, line: str) -> None:
+        """Print a line on stderr."""
+        self._clear()
+        _write(line + "\n", sys.stderr)
+
+    def show(self, line: str) -> None:
+        """Replace the live line; only a terminal sees it."""
+        if self.is_live:
+            self._clear()
+            self._live = line
+            _write(line, sys.stdout)
+
+    def _clear(self) -> None:
+        if self._live:
+            self._live = ""
+            _write("\r\x1b[K", sys.stdout)
+
+
+def _write(text: str, stream: IO[str]) -> None:
+    try:
+        click.echo(text, file=stream, nl=False)
+    except (OSError, ValueError):  # ValueError: the stream is closed
+        _give_up(stream)
+
+
+def _give_up(stream: IO[str]) -> None:
+    """Let what is still written to this stream vanish, also what its buffer holds at exit."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())

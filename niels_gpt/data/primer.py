@@ -1,0 +1,29 @@
+"""The chat primer: short dialogues in one text file, parted by a delimiter."""
+
+from pathlib import Path
+
+from niels_gpt.data.split import split_by_key
+
+DIALOGUE_DELIM = "\n\n<dialogue>\n\n"
+
+
+def load_primer_text(path: str | Path) -> str:
+    """Read the primer as UTF-8: bad bytes replaced, a byte order mark dropped, line ends as \\n.
+
+    Line ends are unified because the delimiter contains them.
+    """
+    return Path(path).read_text(encoding="utf-8-sig", errors="replace")
+
+
+def split_primer_dialogues(
+    text: str, *, val_frac: float = 0.1, seed: int, delimiter: str = DIALOGUE_DELIM
+) -> tuple[str, str]:
+    """Split the dialogues into (train_text, val_text), each joined by the delimiter.
+
+    Blocks are stripped, empty ones dropped. Ranked by their text, by `split_by_key`'s rule.
+    """
+    blocks = [block for part in text.split(delimiter) if (block := part.strip())]
+    train, val = split_by_key(
+        blocks, lambda block: block.encode(errors="replace"), val_frac=val_frac, seed=seed
+    )
+    return delimiter.join(train), delimiter.join(val)

@@ -1,0 +1,48 @@
+"""WikiText-103 through the optional package `datasets`."""
+
+from importlib import import_module
+from typing import Any
+
+_HUB_NAMES = ("wikitext", "Salesforce/wikitext")  # newer hubs know only the second
+_HUB_CONFIG = "wikitext-103-raw-v1"
+_HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
+
+
+def load_dataset(*args: Any, **kwargs: Any) -> Any:
+    """Call `datasets.load_dataset`, imported only now; ImportError says how to install it."""
+    try:
+        datasets = import_module("datasets")
+    except ImportError as error:
+        raise ImportError(
+            'the package "datasets" is not installed: pip install "niels-gpt[wiki]"'
+        ) from error
+    return datasets.load_dataset(*args, **kwargs)
+
+
+def load_wikitext() -> dict[str, list[str]]:
+    """Load WikiText-103 (raw) as lines per split: train, val, test. Blank lines are dropped.
+
+    Raises ImportError without `datasets`, RuntimeError when the hub gives the data under none
+    of its names.
+    """
+    hub = _load_from_hub()
+    return {split: _texts(hub[hub_split]) for split, hub_split in _HUB_SPLITS.items()}
+
+
+def _load_from_hub() -> Any:
+    try:
+        return load_dataset(_HUB_NAMES[0], _HUB_CONFIG)
+    except ImportError:
+        raise
+    except Exception as first:  # the hub's client raises nearly every type there is
+        try:
+            return load_dataset(_HUB_NAMES[1], _HUB_CONFIG)
+        except Exception as second:
+            tried = f"{_HUB_NAMES[0]}: {first}; {_HUB_NAMES[1]}: {second}"
+            raise RuntimeError(f"WikiText-103 cannot be loaded: {tried}") from second
+
+
+def _texts(split: Any) -> list[str]:
+    """Read the text column of a hub dataset (fast), or of a plain list of rows."""
+    column = (row["text"] for row in split) if isinstance(split, list) else split["text"]
+    return [text for text in column if text.strip()]

@@ -1,0 +1,214 @@
+"""Files that survive a power cut, and the lock that keeps a folder to one writer.
+
+Standard library only, POSIX only. A file is *durable* when its bytes and its name would both be
+found again after the power failed: the bytes need an fsync of the file, the name one of the folder.
+Every ``OSError`` raised here carries the errno and the path.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+LOCK_NAME = ".niels-gpt.lock"
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+
+
+class FolderInUseError(OSError):
+    """Another process holds the folder's lock; `holder` is its pid, None while not written yet."""
+
+    def __init__(self, folder: Path, holder: int | None) -> None:
+        who = "another process" if holder is None else f"process {holder}"
+        super().__init__(errno.EWOULDBLOCK, f"already in use by {who}", str(folder))
+        self.holder = holder
+
+
+def write_durably(paths: Sequence[Path], data: bytes | memoryview) -> None:
+    """Write `data` under each name in turn: a name is durable before the next one is begun.
+
+    A reader, or the next start after a kill or a power cut, finds under each name the whole old
+    content or the whole new one. On an error no temporary is left and the names not yet reached
+    keep their old content; so does the name at which it happened, except when only the last
+    fsync of its folder failed: then the new content is in place, but a power cut may undo it.
+    """
+    for path in paths:
+        _replace(path, data)
+
+
+def append_bytes(path: Path, data: bytes) -> None:
+    """Append to a file, made if absent; durable after `sync_file`. A failed append is undone."""
+    with _named(path):
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with _closing(fd):
+            size = os.fstat(fd).st_size
+            try:
+                _write_all(fd, data)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(fd, size)
+                raise
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to `path`, and its name, durable."""
+    with _named(path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with _closing(fd):
+            _flush(fd)
+    _sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` and its missing parents, durably; nothing happens where it exists."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
+
+
+def set_aside(folder: Path, names: Iterable[str]) -> Path:
+    """Move files of `folder` into a new subfolder ``earlier-NNN`` of it, durably, and return that.
+
+    Nothing is ever overwritten; killed half-way, each file is whole in one of the two places.
+    """
+    aside = _new_subfolder(folder)
+    try:
+        for name in names:
+            with _named(folder / name):
+                os.rename(folder / name, aside / name)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.rmdir()  # where nothing was moved
+        raise
+    _sync_folder(aside)
+    _sync_folder(folder)
+    return aside
+
+
+def remove_temporaries(folder: Path) -> list[str]:
+    """Remove what killed writers left half-written, and return the names.
+
+    For the holder of the folder's lock: a writer at work without it would lose its temporary, and
+    fail.
+    """
+    left = sorted(p.name for p in folder.iterdir() if _TEMPORARY.fullmatch(p.name))
+    for name in left:
+        (folder / name).unlink(missing_ok=True)
+    return left
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; raise `FolderInUseError` at once when somebody else does.
+
+    The lock is flock's, so that it ends with its holder, however that ends; the lock file stays
+    and holds the pid of the holder. Programs that the holder starts do not inherit the lock.
+    """
+    path = folder / LOCK_NAME
+    with _named(path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    with _closing(fd):
+        try:
+            with _named(path):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderInUseError(folder, _read_pid(fd)) from None
+        with _named(path):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        try:
+            yield
+        finally:
+            os.ftruncate(fd, 0)
+
+
+def _replace(path: Path, data: bytes | memoryview) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with _named(path):
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            with _closing(fd):
+                _write_all(fd, data)
+                _flush(fd)
+            os.rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _write_all(fd: int, data: bytes | memoryview) -> None:
+    rest = memoryview(data).cast("B")
+    while rest:
+        written = os.write(fd, rest)
+        if written == 0:
+            raise OSError(errno.EIO, "the system wrote none of the bytes")
+        rest = rest[written:]
+
+
+def _flush(fd: int) -> None:
+    """fsync, through the drive's own cache: on macOS that takes F_FULLFSYNC."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        with contextlib.suppress(OSError):  # network volumes have only fsync
+            fcntl.fcntl(fd, full)
+            return
+    os.fsync(fd)
+
+
+def _sync_folder(folder: Path) -> None:
+    with _named(folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with _closing(fd):
+            try:
+                _flush(fd)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # file systems whose folders cannot be synced
+                    raise
+
+
+def _new_subfolder(folder: Path) -> Path:
+    for number in range(1, 100_000):
+        aside = folder / f"earlier-{number:03d}"
+        with contextlib.suppress(FileExistsError):
+            aside.mkdir()
+            _sync_folder(folder)
+            return aside
+    raise FileExistsError(errno.EEXIST, "no free name left for earlier-NNN in", str(folder))
+
+
+def _read_pid(fd: int) -> int | None:
+    """Return the pid in a lock file, unless it was left by a holder that was killed."""
+    digits = os.pread(fd, 32, 0).strip()
+    if not digits.isdigit():
+        return None
+    try:
+        os.kill(int(digits), 0)
+    except (ProcessLookupError, OverflowError):
+        return None
+    except PermissionError:  # alive, and another user's
+        pass
+    return int(digits)
+
+
+@contextlib.contextmanager
+def _closing(fd: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give an `OSError` from a descriptor or a temporary the path that the user knows."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

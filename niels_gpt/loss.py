@@ -1,0 +1,98 @@
+"""The training loss and its gradient, as functions of the parameters.
+
+Shapes: B rows, T positions, S dropout sites, V byte values.
+"""
+
+from collections.abc import Callable
+from functools import reduce
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, grad_and_value
+
+from niels_gpt.config import ModelConfig
+from niels_gpt.model.gpt import skeleton
+
+Tree = dict[str, Tensor]
+Batch = tuple[Tensor, Tensor]  # ids and the ids that follow them, each int64 (B, T)
+BlockGradients = Callable[[Tree, Batch, Tensor | None, ModelConfig, int], tuple[Tree, Tensor]]
+
+ROW_BLOCK = 1024  # positions differentiated at a time, so that their activations stay in the cache
+
+
+def forward(params: Tree, x: Tensor, cfg: ModelConfig, drop: Tensor | None = None) -> Tensor:
+    """Compute logits (B, T, V) of ids x (B, T); `drop` as in `GPT.forward`, None for no dropout."""
+    logits: Tensor = functional_call(skeleton(cfg), params, (x,), {"drop": drop}, strict=True)
+    return logits
+
+
+def loss(params: Tree, batch: Batch, cfg: ModelConfig, drop: Tensor | None = None) -> Tensor:
+    """Return the mean cross entropy over all B*T positions in nats, 0-d."""
+    x, y = batch
+    return cross_entropy(forward(params, x, cfg, drop), y)
+
+
+def cross_entropy(logits: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+    """Return the cross entropy in nats of logits (B, T, V) against ids y (B, T), 0-d."""
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction=reduction)
+
+
+def row_losses(params: Tree, batch: Batch, cfg: ModelConfig, drop: Tensor | None = None) -> Tensor:
+    """Return the mean cross entropy of each row in nats, (B,)."""
+    x, y = batch
+    logits = forward(params, x, cfg, drop)
+    return F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(1)
+
+
+def gradients(
+    params: Tree,
+    batch: Batch,
+    cfg: ModelConfig,
+    drop: Tensor | None = None,
+    *,
+    of_block: BlockGradients | None = None,
+) -> tuple[Tree, Tensor]:
+    """Return the gradient of the mean loss, and the loss.
+
+    The batch is taken in blocks of `rows_per_block` rows, whose gradients are added up. To
+    rounding, that is the gradient of the whole in one pass, dropout included.
+
+    Args:
+        batch: x and y, each int64 (B, T).
+        drop: (B, S, 2) keys from `niels_gpt.dropout`, or None.
+        of_block: what to call for each block, `block_gradients` or a compiled form of it.
+    """
+    of_block = of_block or block_gradients
+    B = len(batch[0])
+    return reduce(_add, (of_block(params, *b, cfg, B) for b in row_blocks(batch, drop)))
+
+
+def block_gradients(
+    params: Tree, block: Batch, keys: Tensor | None, cfg: ModelConfig, B: int
+) -> tuple[Tree, Tensor]:
+    """Return a block's share of the gradient and of the mean loss of a batch of B rows."""
+
+    def share_of_loss(params: Tree) -> Tensor:
+        nats = loss(params, block, cfg, keys)
+        # a tensor, since the tangent of a scalar times a number is float64, which MPS lacks
+        return nats * nats.new_full((), len(block[0]) / B)
+
+    return grad_and_value(share_of_loss)(params)
+
+
+def row_blocks(batch: Batch, drop: Tensor | None) -> list[tuple[Batch, Tensor | None]]:
+    """Split a batch and its keys into blocks of `rows_per_block` rows."""
+    x, y = batch
+    rows = rows_per_block(x.shape[1])
+    blocks = [slice(start, start + rows) for start in range(0, len(x), rows)]
+    return [((x[i], y[i]), None if drop is None else drop[i]) for i in blocks]
+
+
+def _add(a: tuple[Tree, Tensor], b: tuple[Tree, Tensor]) -> tuple[Tree, Tensor]:
+    """Add up two blocks' gradients and losses, into the buffers of the first."""
+    return {name: a[0][name].add_(b[0][name]) for name in a[0]}, a[1] + b[1]
+
+
+def rows_per_block(T: int) -> int:
+    """Return how many rows of T positions are differentiated at a time."""
+    return max(1, ROW_BLOCK // T)

@@ -1,0 +1,66 @@
+"""The learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from niels_gpt.config import TrainConfig
+
+
+def lr_at_step(
+    step: int,
+    total_steps: int,
+    *,
+    base_lr: float,
+    warmup_steps: int,
+    min_lr: float,
+) -> float:
+    """Return the learning rate of the update that follows `step` finished ones.
+
+    Linear from 0 up to `base_lr` at step `warmup_steps` (below `min_lr` at first), then half a
+    cosine down to exactly `min_lr` at step `total_steps - 1`, never outside [min_lr, base_lr].
+    With no room to decay, `warmup_steps >= total_steps - 1`, the peak itself is the last value.
+    `step` counts from 0 to `total_steps - 1`; illegal arguments raise ValueError.
+    """
+    _check(step, total_steps, base_lr, warmup_steps, min_lr)
+    if step < warmup_steps:
+        return float(base_lr * (step / warmup_steps))
+    if step == warmup_steps:
+        return float(base_lr)
+    progress = (step - warmup_steps) / (total_steps - 1 - warmup_steps)
+    share = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return float(min(max(min_lr + (base_lr - min_lr) * share, min_lr), base_lr))
+
+
+def lr_of_step(step: int, cfg: TrainConfig) -> float:
+    """Return the learning rate of the update that follows `step` finished ones of a run."""
+    return lr_at_step(
+        step,
+        cfg.total_steps,
+        base_lr=cfg.base_lr,
+        warmup_steps=cfg.warmup_steps,
+        min_lr=cfg.min_lr,
+    )
+
+
+def _check(step: int, total_steps: int, base_lr: float, warmup_steps: int, min_lr: float) -> None:
+    counts = {"step": step, "total_steps": total_steps, "warmup_steps": warmup_steps}
+    rates = {"base_lr": base_lr, "min_lr": min_lr}
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool):
+            raise ValueError(f"{name}={count!r} has to be a whole number")
+    for name, rate in rates.items():
+        number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+        if not number or not 0 <= rate <= sys.float_info.max:
+            raise ValueError(f"{name}={rate!r} has to be a finite number from 0 up")
+    if total_steps < 1:
+        raise ValueError(f"total_steps={total_steps} has to be at least 1")
+    if not 0 <= step < total_steps:
+        raise ValueError(f"step={step} has to lie in [0, total_steps - 1] = [0, {total_steps - 1}]")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps={warmup_steps} has to be at least 0")
+    if min_lr > base_lr:
+        raise ValueError(f"min_lr={min_lr} is above base_lr={base_lr}")

@@ -1,0 +1,166 @@
+"""The parts of the model.
+
+Shapes: B batch, T positions, C model width, H heads, D = C/H head width. Activations float32.
+
+Dropout acts once on each residual branch, on the embedding, and on the attention probabilities.
+Its randomness enters in one of two ways: `drop` carries keys (see `niels_gpt.dropout`), or, with
+`drop=None`, a module in `train()` mode draws from torch's global generator like any other.
+
+With `past`, x continues a text whose first t positions were seen before: their keys and values come
+in as an argument and go out extended, so that nothing is computed twice and nothing is stored here.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from niels_gpt import dropout
+from niels_gpt.config import ModelConfig
+from niels_gpt.model import rope
+
+Q_BLOCK = 64  # queries handled at a time: their keys end with them, so half the square is skipped
+
+
+class KV(NamedTuple):
+    """Rotated keys, and values, of the positions that one attention has seen."""
+
+    k: Tensor  # (B, H, t, D)
+    v: Tensor  # (B, H, t, D)
+
+
+def init_weights(module: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Initialise weights N(0, 0.02), biases 0, LayerNorm 1 and 0 (Radford et al. 2019, GPT-2).
+
+    Deviation from GPT-2: projections into the residual stream are not scaled by 1/sqrt(2L).
+    """
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, mean=0.0, std=0.02, generator=generator)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention of each position to itself and the ones before (Vaswani et al. 2017)."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.H, self.p, self.theta = cfg.H, cfg.dropout, cfg.rope_theta
+        self.qkv = nn.Linear(cfg.C, 3 * cfg.C, bias=False)
+        self.proj = nn.Linear(cfg.C, cfg.C, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        return_attn: bool = False,
+        drop: Tensor | None = None,
+        tables: tuple[Tensor, Tensor] | None = None,
+        past: KV | None = None,
+    ) -> Tensor | tuple[Any, ...]:
+        """Map (B, T, C) to (B, T, C).
+
+        Args:
+            x: (B, T, C).
+            return_attn: also return the (B, H, T, t + T) probabilities, before dropout.
+            drop: (B, 2) int32 key of the mask of the probabilities.
+            tables: sin and cos of x's positions, from `rope_cache`; computed here if not given.
+            past: keys and values of the t positions before x (t = 0 without it); also return the
+                same with x's.
+        """
+        T, C = x.shape[-2:]
+        D = C // self.H
+        t = 0 if past is None else past.k.shape[-2]
+        q, k, v = (
+            part.unflatten(-1, (self.H, D)).transpose(-3, -2)  # (B, H, T, D)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
+        if tables is None:
+            tables = rope.rope_cache(
+                T, D, theta=self.theta, device=x.device, dtype=x.dtype, start=t
+            )
+        q, k = rope.apply_rope(q, k, *tables)
+        if past is not None:
+            k, v = torch.cat((past.k, k), dim=-2), torch.cat((past.v, v), dim=-2)
+        q = q * D**-0.5
+        rows: list[Tensor] = []
+        attn: list[Tensor] = []
+        for start in range(0, T, Q_BLOCK):
+            stop = min(start + Q_BLOCK, T)
+            seen = t + stop
+            p = _causal_softmax(q[..., start:stop, :] @ k[..., :seen, :].mT)  # (B, H, block, seen)
+            if return_attn:
+                attn.append(F.pad(p, (0, T - stop)))
+            first = start * self.H * (t + T) // 2
+            rows.append(_drop(p, drop, self.p, self.training, first) @ v[..., :seen, :])
+        y = self.proj(torch.cat(rows, dim=-2).transpose(-3, -2).flatten(-2))
+        extras = (torch.cat(attn, dim=-2),) if return_attn else ()
+        if past is not None:
+            return (y, *extras, KV(k, v))
+        return (y, *extras) if extras else y
+
+
+def _drop(x: Tensor, key: Tensor | None, p: float, training: bool, start: int = 0) -> Tensor:
+    if key is not None and p:
+        return dropout.dropout(x, key, p, start=start)
+    return F.dropout(x, p) if training else x
+
+
+def _causal_softmax(scores: Tensor) -> Tensor:
+    """Normalise the last queries' scores (..., n, m) over the keys up to each query."""
+    n, m = scores.shape[-2:]
+    if n == 1:
+        return scores.softmax(-1)
+    position = torch.arange(m, device=scores.device)
+    future = position > position[m - n :, None]  # (n, m)
+    return scores.masked_fill(future, float("-inf")).softmax(-1)
+
+
+class MLP(nn.Module):
+    """Two linear maps around an exact GELU."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(cfg.C, cfg.d_ff)
+        self.fc2 = nn.Linear(cfg.d_ff, cfg.C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., C) to (..., C)."""
+        y: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return y
+
+
+class Block(nn.Module):
+    """One pre-norm block: `x + drop(attn(ln1(x)))`, then `x + drop(mlp(ln2(x)))`."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.p = cfg.dropout
+        self.ln1 = nn.LayerNorm(cfg.C, eps=1e-5)
+        self.attn = CausalSelfAttention(cfg)
+        self.ln2 = nn.LayerNorm(cfg.C, eps=1e-5)
+        self.mlp = MLP(cfg)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        return_attn: bool = False,
+        drop: Tensor | None = None,
+        tables: tuple[Tensor, Tensor] | None = None,
+        past: KV | None = None,
+    ) -> Tensor | tuple[Any, ...]:
+        """Map (B, T, C) to (B, T, C), with what else the attention returns.
+
+        `drop` (B, 3, 2) keys attention, its branch, the MLP's; the rest goes to the attention.
+        """
+        keys = (None, None, None) if drop is None else drop.unbind(1)
+        a = self.attn(self.ln1(x), return_attn=return_attn, drop=keys[0], tables=tables, past=past)
+        a, *extras = a if isinstance(a, tuple) else (a,)
+        x = x + _drop(a, keys[1], self.p, self.training)
+        x = x + _drop(self.mlp(self.ln2(x)), keys[2], self.p, self.training)
+        return (x, *extras) if extras else x

@@ -1,0 +1,113 @@
+"""A byte-level GPT: pre-norm blocks, rotary positions, tied embeddings.
+
+Shapes: B batch, T positions (at most cfg.T), C model width, V byte values.
+"""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from niels_gpt import dropout
+from niels_gpt.config import ModelConfig
+from niels_gpt.model import rope
+from niels_gpt.model.blocks import KV, Block, init_weights
+
+Past = tuple[KV, ...]  # one a block
+
+
+class GPT(nn.Module):
+    """Map bytes to logits of the next byte.
+
+    Used plainly, it is an ordinary module: `train()`, `eval()`, `state_dict()`, `torch.optim`.
+    Used by the training step, its parameters come in through `functional_call` and its dropout
+    through `drop`. It has no buffers, so a skeleton on the meta device is enough for that.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.tok_emb = nn.Embedding(cfg.V, cfg.C)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.L))
+        self.ln_f = nn.LayerNorm(cfg.C, eps=1e-5)
+        self.lm_head = nn.Linear(cfg.C, cfg.V, bias=False)
+        self.lm_head.weight = self.tok_emb.weight
+        self.apply(init_weights)
+
+    def forward(
+        self, x: Tensor, *, drop: Tensor | None = None, past: Past | None = None
+    ) -> Tensor | tuple[Tensor, Past]:
+        """Compute logits (B, T, V) from token ids (B, T).
+
+        Args:
+            x: int64 ids, T at most cfg.T.
+            drop: (B, sites, 2) int32 keys from `niels_gpt.dropout.dropout_keys`.
+            past: what was seen of the t ids before x, t + T at most cfg.T (see `no_past`); also
+                return what then is seen of all t + T.
+
+        Raises:
+            ValueError: if t + T exceeds the context length.
+        """
+        cfg, T = self.cfg, x.shape[-1]
+        t = past[0].k.shape[-2] if past else 0
+        if x.ndim != 2 or t + T > cfg.T:
+            after = f" after {t}" if t else ""
+            raise ValueError(f"ids must be (B, T) with T <= {cfg.T}, got {tuple(x.shape)}{after}")
+        h = self.tok_emb(x)
+        if drop is None or not cfg.dropout:
+            h = F.dropout(h, cfg.dropout, self.training)
+        else:
+            h = dropout.dropout(h, drop[:, 0], cfg.dropout)
+        tables = rope.rope_cache(
+            T, cfg.C // cfg.H, theta=cfg.rope_theta, device=h.device, dtype=h.dtype, start=t
+        )
+        seen = []
+        for i, block in enumerate(self.blocks):
+            keys = None if drop is None else drop[:, 1 + 3 * i : 4 + 3 * i]
+            if past is None:
+                h = block(h, drop=keys, tables=tables)
+            else:
+                h, kv = block(h, drop=keys, tables=tables, past=past[i])
+                seen.append(kv)
+        logits: Tensor = self.lm_head(self.ln_f(h))
+        return logits if past is None else (logits, tuple(seen))
+
+
+def no_past(
+    cfg: ModelConfig, B: int, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> Past:
+    """Return what has been seen of B texts before their first id: keys and values of none."""
+    none = torch.empty(B, cfg.H, 0, cfg.C // cfg.H, device=device, dtype=dtype)
+    return (KV(none, none),) * cfg.L
+
+
+class _Skeletons(threading.local):
+    """Skeletons of one thread: `functional_call` lends a module its tensors while it runs."""
+
+    def __init__(self) -> None:
+        self.of: dict[ModelConfig, GPT] = {}
+
+
+_skeletons = _Skeletons()
+
+
+def skeleton(cfg: ModelConfig) -> GPT:
+    """Return the GPT of this config without storage, in eval mode, for `functional_call`.
+
+    It is shared between the callers of a thread: call it, never change it. It is kept in a plain
+    dict because a compiler that traces this looks through `functools.cache` and builds a new one.
+    """
+    known = _skeletons.of
+    if cfg not in known:
+        # In a thread of its own it is outside of all transforms: `vmap` would refuse the draw of
+        # initial weights, though they have no values, and `grad` would wrap the parameters.
+        with ThreadPoolExecutor(1) as outside:
+            known[cfg] = outside.submit(_build_skeleton, cfg).result()
+    return known[cfg]
+
+
+def _build_skeleton(cfg: ModelConfig) -> GPT:
+    with torch.device("meta"):
+        return GPT(cfg).eval()

@@ -1,0 +1,77 @@
+"""Rotary position embedding (Su et al. 2021, RoFormer, arXiv 2104.09864, eq. 34).
+
+Shapes: B batch, H heads, T positions, D head width (even). Pairs are the neighbours
+(0, 1), (2, 3), ... of the last axis, as in the paper; many later models pair i with i + D/2.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rope_cache(
+    T: int,
+    D: int,
+    *,
+    theta: float = 10000.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    start: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Tabulate sin and cos of `angle[pos, i] = pos * theta ** (-2i/D)`, each (1, 1, T, D//2).
+
+    The T positions begin at `start`. Angles are computed in float32 (MPS has no float64) and then
+    cast to `dtype`.
+
+    Raises:
+        ValueError: if D is odd.
+    """
+    if D % 2:
+        raise ValueError(f"rotary embedding pairs neighbours, so D must be even, got D={D}")
+    inv_freq = torch.tensor(
+        [theta ** (-2 * i / D) for i in range(D // 2)], dtype=torch.float32, device=device
+    )
+    pos = torch.arange(start, start + T, dtype=torch.float32, device=device)
+    angle = pos[:, None] * inv_freq  # (T, D//2)
+    dtype = dtype or torch.float32
+    return angle.sin().to(dtype)[None, None], angle.cos().to(dtype)[None, None]
+
+
+def apply_rope(q: Tensor, k: Tensor, sin: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate each neighbour pair (a, b) to (a cos - b sin, a sin + b cos).
+
+    Args:
+        q, k: (B, H, Tq, D).
+        sin, cos: (1, 1, T, D//2) with T >= Tq; the first Tq rows are used.
+
+    Raises:
+        ValueError: on any mismatch of shape, dtype or device. Nothing is cast silently.
+    """
+    _check(q, k, sin, cos)
+    Tq = q.shape[-2]
+    sin, cos = sin[..., :Tq, :], cos[..., :Tq, :]
+    return _rotate(q, sin, cos), _rotate(k, sin, cos)
+
+
+def _rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    a, b = x[..., 0::2], x[..., 1::2]  # (B, H, Tq, D//2)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+
+
+def _check(q: Tensor, k: Tensor, sin: Tensor, cos: Tensor) -> None:
+    if q.ndim != 4 or q.shape != k.shape:
+        raise ValueError(f"q and k must both be (B, H, T, D), got {_shape(q)} and {_shape(k)}")
+    Tq, D = q.shape[-2:]
+    if D % 2:
+        raise ValueError(f"head width must be even, got D={D}")
+    if sin.shape != cos.shape or sin.ndim != 4 or sin.shape[:2] != (1, 1):
+        raise ValueError(f"sin and cos must be (1, 1, T, D//2), got {_shape(sin)}, {_shape(cos)}")
+    if sin.shape[-1] != D // 2 or sin.shape[-2] < Tq:
+        raise ValueError(f"tables {_shape(sin)} do not cover positions {Tq} and head width {D}")
+    if len({t.dtype for t in (q, k, sin, cos)}) > 1:
+        raise ValueError(f"dtypes differ: {[t.dtype for t in (q, k, sin, cos)]}")
+    if len({t.device for t in (q, k, sin, cos)}) > 1:
+        raise ValueError(f"devices differ: {[t.device for t in (q, k, sin, cos)]}")
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)

@@ -1,0 +1,158 @@
+"""How well a model predicts a text: nats and bits per byte, with a standard error.
+
+Two ways to look at a stream. `sampled_windows` are the random windows of `evaluate`: quick, and
+the same figure as the log of a training. `full_windows` slide over the stream and score each of
+its bytes once, so that the result depends on the text, the model and the stride alone: the figure
+to compare models by. `score` sums up either.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from niels_gpt.eval import eval_batches
+from niels_gpt.loss import forward, rows_per_block
+from niels_gpt.state import TrainState
+
+FIRST_BYTE_NATS = math.log(256)  # nothing is known before it: all byte values alike
+
+
+class Window(NamedTuple):
+    """The outcome of one window: how many of its bytes were scored, and their loss in all."""
+
+    scored: int
+    nats: float
+
+
+class Score(NamedTuple):
+    """How well a stream was predicted, per byte."""
+
+    nats: float
+    bits_per_byte: float
+    standard_error: float | None  # of `nats`; None for fewer than two windows
+    scored: int  # bytes
+
+
+class Span(NamedTuple):
+    """A window of a stream: bytes from `start` on are read, the last `scored` targets count."""
+
+    start: int
+    scored: int
+
+
+def score(windows: Iterable[Window]) -> Score:
+    """Sum up windows; the same result in whatever order they come.
+
+    The standard error takes windows for independent draws (for windows of unequal size, that of a
+    ratio: Cochran 1977, eq. 6.13). Neighbours of a full score are not quite independent, so there
+    it is a little small.
+
+    Raises:
+        ValueError: if nothing was scored.
+    """
+    windows = list(windows)
+    count = sum(w.scored for w in windows)
+    if not count:
+        raise ValueError("there is nothing to score: the text is empty")
+    nats = math.fsum(w.nats for w in windows) / count
+    n = len(windows)
+    squares = math.fsum((w.nats - nats * w.scored) ** 2 for w in windows)
+    error = math.sqrt(squares * n / (n - 1)) / count if n > 1 else None
+    return Score(nats, nats / math.log(2), error, count)
+
+
+def sampled_windows(state: TrainState, stream: bytes, seed: int) -> Iterator[Window]:
+    """Score the random windows of `evaluate(state, stream, seed)`, in its order.
+
+    Raises:
+        ValueError: if the stream is shorter than T + 1.
+    """
+    cfg, T = state.train_cfg, state.model_cfg.T
+    rows = rows_per_block(T)
+    for x, y in eval_batches(
+        stream, B=cfg.B, T=T, device=_device(state), eval_steps=cfg.eval_steps, seed=seed
+    ):
+        for i in range(0, cfg.B, rows):
+            for losses in byte_losses(state, x[i : i + rows], y[i : i + rows]):
+                yield Window(T, math.fsum(losses))
+
+
+def full_windows(
+    state: TrainState, stream: bytes, *, stride: int | None = None, rows: int | None = None
+) -> Iterator[Window]:
+    """Score every byte of a stream exactly once.
+
+    The first byte has no context and counts as one of 256 alike: ln 256 nats. Those up to the
+    T-th see all that precedes them; each later one the T - stride + 1 to T bytes before it.
+
+    Args:
+        stride: bytes from one window to the next, 1 to T, by default T // 2. Small ones give
+            more context and take longer: each byte is read T / stride times.
+        rows: windows computed at a time. It changes memory and speed, the result only by rounding.
+
+    Raises:
+        ValueError: if the stride is not in 1 to T.
+    """
+    T = state.model_cfg.T
+    stride = default_stride(T) if stride is None else stride
+    rows = rows_per_block(T) if rows is None else rows
+    if len(stream) == 1:
+        yield Window(1, FIRST_BYTE_NATS)
+    spans = sliding_spans(len(stream), T, stride)
+    width = min(T, len(stream) - 1)
+    for i in range(0, len(spans), rows):
+        chunk = spans[i : i + rows]
+        x, y = _gather(stream, chunk, width, _device(state))
+        for span, losses in zip(chunk, byte_losses(state, x, y), strict=True):
+            first = [FIRST_BYTE_NATS] if span.start == 0 else []
+            counted = [*first, *losses[width - span.scored :]]
+            yield Window(len(counted), math.fsum(counted))
+
+
+def default_stride(T: int) -> int:
+    """Return the stride of a full score: half a window."""
+    return max(1, T // 2)
+
+
+def sliding_spans(n: int, T: int, stride: int) -> list[Span]:
+    """Cut a stream of n bytes into windows of T bytes, whose scored targets are bytes 1 to n - 1.
+
+    The first scores all its targets, the others the last `stride` of them. The last window ends
+    with the stream, and begins earlier than its turn so that it has T bytes too.
+    """
+    if not 1 <= stride <= T:
+        raise ValueError(f"stride={stride} has to be from 1 to T={T}")
+    last = n - 1  # the highest index of a target
+    if last < 1:
+        return []
+    spans = [Span(0, min(T, last))]
+    for end in range(T + stride, last + stride, stride):
+        done, end = end - stride, min(end, last)
+        spans.append(Span(end - T, end - done))
+    return spans
+
+
+@torch.no_grad()
+def byte_losses(state: TrainState, x: Tensor, y: Tensor) -> list[list[float]]:
+    """Return the cross entropy in nats of each of the ids y (B, T) after the ids x (B, T)."""
+    logits = forward(state.params, x, state.model_cfg)
+    losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+    by_row: list[list[float]] = losses.view(y.shape).tolist()
+    return by_row
+
+
+def _gather(
+    stream: bytes, spans: list[Span], width: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    joined = bytearray(b"".join(stream[s.start : s.start + width + 1] for s in spans))
+    ids = torch.frombuffer(joined, dtype=torch.uint8).view(len(spans), width + 1)
+    ids = ids.to(device=device, dtype=torch.int64)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def _device(state: TrainState) -> torch.device:
+    return state.params["tok_emb.weight"].device

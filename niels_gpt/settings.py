@@ -1,0 +1,93 @@
+"""A resolved config with where each of its values came from. Standard library only."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from niels_gpt.config import (
+    MAX_CONFIG_BYTES,
+    SECTIONS,
+    apply_overrides,
+    config_from_dict,
+    load_json,
+    to_dict,
+)
+
+DEFAULT = "default"
+OVERRIDE = "--set"
+
+
+class Setting(NamedTuple):
+    """One value of a config."""
+
+    key: str  # as `--set` takes it, e.g. "train.p_train.wiki"
+    value: float
+    origin: str  # `DEFAULT`, the config file, or `OVERRIDE`
+    default: float | None  # None for a source that the default does not have
+    meaning: str
+
+
+def resolve(
+    path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()
+) -> tuple[list[Setting], dict[str, Any]]:
+    """Resolve a config file (None for the defaults alone) and `--set` arguments.
+
+    Returns the settings, and the config as a document that a file could hold.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_config_from_json`.
+    """
+    overrides = tuple(overrides)
+    doc = {} if path is None else load_json(path, max_bytes=MAX_CONFIG_BYTES)
+    where = DEFAULT if path is None else str(path)
+    resolved = _document(apply_overrides(doc, overrides, where=where), where)
+    origins = dict.fromkeys(_flat(resolved), DEFAULT)
+    if path is not None:
+        origins = _claim(origins, _flat(doc), where)
+    for override in overrides:
+        origins = _claim(origins, [override.partition("=")[0].strip()], OVERRIDE)
+    defaults = _flat(_document({}, DEFAULT))
+    meanings = _meanings()
+    settings = [
+        Setting(key, value, origins[key], defaults.get(key), meanings[_field_of(key)])
+        for key, value in _flat(resolved).items()
+    ]
+    return settings, resolved
+
+
+def _document(doc: object, where: str) -> dict[str, Any]:
+    configs = config_from_dict(doc, where=where, from_file=True)
+    return {name: to_dict(config) for name, config in zip(SECTIONS, configs, strict=True)}
+
+
+def _flat(doc: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name each value by its dotted path."""
+    flat: dict[str, Any] = {}
+    for key, value in doc.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _claim(origins: dict[str, str], keys: Iterable[str], origin: str) -> dict[str, str]:
+    """Let `origin` be where these keys, and all below them, came from."""
+    keys = tuple(keys)
+    return {
+        key: origin if any(key == k or key.startswith(f"{k}.") for k in keys) else before
+        for key, before in origins.items()
+    }
+
+
+def _field_of(key: str) -> str:
+    return ".".join(key.split(".")[:2])
+
+
+def _meanings() -> dict[str, str]:
+    return {
+        f"{section}.{f.name}": f.metadata["meaning"]
+        for section, cls in SECTIONS.items()
+        for f in fields(cls)
+    }

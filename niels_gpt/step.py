@@ -1,0 +1,84 @@
+"""The training step: a pure function from one state to the next.
+
+Everything random in step k is a function of (seed, k), so step k is the same in every run. The
+parts (`gradients`, `clip_by_global_norm`, `adamw`, `batch_of_step`, `dropout_of_step`) are public
+and take what may vary as arguments: other procedures are other compositions of them.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from niels_gpt.batching import get_batch
+from niels_gpt.config import ModelConfig
+from niels_gpt.dropout import dropout_keys, sites
+from niels_gpt.loss import Batch, gradients
+from niels_gpt.optim import adamw, clip_by_global_norm
+from niels_gpt.rng import keyed_generator
+from niels_gpt.state import TrainState
+
+GradientFunction = Callable[
+    [dict[str, Tensor], Batch, ModelConfig, Tensor | None], tuple[dict[str, Tensor], Tensor]
+]
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    lr: float | Tensor,
+    *,
+    gradients: GradientFunction = gradients,
+) -> tuple[TrainState, dict[str, Tensor]]:
+    """Update once on a batch; return the next state and metrics. Neither argument is changed.
+
+    Args:
+        state: after `state.step` updates.
+        batch: x and y, each int64 (B, T), any B, T at most the config's.
+        lr: learning rate of this update, a number or a 0-d tensor.
+        gradients: another way to compute what `loss.gradients` computes, such as a compiled one.
+
+    Returns:
+        The new state, and 0-d tensors on its device: "loss", the mean cross entropy in nats of
+        this batch before the update, and "grad_norm", the global norm before clipping.
+    """
+    params, mu, nu, step, model_cfg, train_cfg = state
+    drop = dropout_of_step(train_cfg.seed, step, range(len(batch[0])), model_cfg, batch[0].device)
+    grads, loss = gradients(params, batch, model_cfg, drop)
+    grads, grad_norm = clip_by_global_norm(grads, train_cfg.grad_clip)
+    params, mu, nu = adamw(
+        params, grads, mu, nu, count=step + 1, lr=lr, weight_decay=train_cfg.weight_decay
+    )
+    new_state = TrainState(params, mu, nu, step + 1, model_cfg, train_cfg)
+    return new_state, {"loss": loss, "grad_norm": grad_norm}
+
+
+def batch_of_step(
+    seed: int,
+    step: int,
+    sources: Mapping[str, bytes],
+    *,
+    p: Mapping[str, float],
+    B: int,
+    T: int,
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """Draw the batch of update `step` (from 0): the same in every run with this seed and text."""
+    generator = keyed_generator(seed, "batch", step)
+    return get_batch(sources, p=p, B=B, T=T, device=device, generator=generator)
+
+
+def dropout_of_step(
+    seed: int,
+    step: int,
+    rows: range | Tensor,
+    cfg: ModelConfig,
+    device: torch.device | str = "cpu",
+) -> Tensor | None:
+    """Return the keys of the masks of update `step` for these rows of its batch.
+
+    They are (len(rows), S, 2) int32, or None for a model without dropout.
+    """
+    if not cfg.dropout:
+        return None
+    return dropout_keys(seed, step, rows, sites(cfg.L)).to(device)

@@ -1,0 +1,46 @@
+"""A `train` command that sends itself a signal at a chosen point.
+
+`python -m tests.reliability.signalled PHASE NTH SIGNALS train ARGS...`: when the function of PHASE
+is entered for the NTH time, each of the comma-separated signals is sent to the process, from
+within; everything else is the command as it is.
+"""
+
+import functools
+import importlib
+import os
+import sys
+
+PHASES = {
+    "loading": "niels_gpt.streams.build_sources",
+    "step": "niels_gpt.step.get_batch",
+    "evaluation": "niels_gpt.eval.get_batch",
+    "save": "niels_gpt.durable.write_durably",
+    "metrics": "niels_gpt.durable.append_bytes",
+}
+
+
+def send_on_call(target: str, nth: int, signals: list[int]) -> None:
+    """Replace the function at `target` by itself, preceded by the signals on its nth call."""
+    module_name, _, name = target.rpartition(".")
+    module = importlib.import_module(module_name)
+    function = getattr(module, name)
+    calls = 0
+
+    @functools.wraps(function)
+    def signalling(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            for number in signals:
+                os.kill(os.getpid(), number)
+        return function(*args, **kwargs)
+
+    setattr(module, name, signalling)
+
+
+if __name__ == "__main__":
+    phase, nth, numbers, *args = sys.argv[1:]
+    send_on_call(PHASES[phase], int(nth), [int(n) for n in numbers.split(",")])
+    from niels_gpt.cli import main
+
+    main(args, prog_name="niels-gpt")

@@ -1,0 +1,307 @@
+"""Broken versions of the saver and the loader, each of which the other tests have to catch."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytestmark = pytest.mark.reliability
+
+ROOT = Path(__file__).parents[2]
+
+DURABLE = "tests/test_durable.py"
+CHECKPOINT = "tests/test_checkpoint.py"
+ROUND_TRIP = "tests/test_checkpoint_roundtrip.py"
+HOSTILE = "tests/reliability/test_hostile_files.py"
+DAMAGED = "tests/reliability/test_damaged_files.py"
+
+
+class Mutant(NamedTuple):
+    """In `module`, `old` becomes `new`; of `tests` those that `-k chosen` selects have to fail."""
+
+    module: str
+    old: str
+    new: str
+    tests: str
+    chosen: str
+
+
+MUTANTS = {
+    "no fsync of the file": Mutant(
+        "durable",
+        "                _flush(fd)\n            os.rename",
+        "            os.rename",
+        DURABLE,
+        "each_name_is_durable",
+    ),
+    "no fsync of the folder": Mutant(
+        "durable",
+        "        raise\n    _sync_folder(path.parent)",
+        "        raise",
+        DURABLE,
+        "each_name_is_durable",
+    ),
+    "rename before fsync": Mutant(
+        "durable",
+        "                _flush(fd)\n            os.rename(temporary, path)",
+        "                os.rename(temporary, path)\n                _flush(fd)",
+        DURABLE,
+        "each_name_is_durable",
+    ),
+    "direct write": Mutant(
+        "durable",
+        "    temporary = path.with_name(",
+        "    path.unlink(missing_ok=True)\n    temporary = path or path.with_name(",
+        DURABLE,
+        "error_anywhere",
+    ),
+    "short writes taken for whole": Mutant(
+        "durable", "rest = rest[written:]", "rest = rest[len(rest) :]", DURABLE, "short_writes"
+    ),
+    "temporary left after an error": Mutant(
+        "durable",
+        "            temporary.unlink(missing_ok=True)",
+        "            pass",
+        DURABLE,
+        "no_progress",
+    ),
+    "errors without the path": Mutant(
+        "durable",
+        "raise OSError(error.errno, error.strerror, str(path)) from error",
+        "raise",
+        DURABLE,
+        "missing_folder",
+    ),
+    "names in another order": Mutant(
+        "durable",
+        "    for path in paths:\n        _replace(path, data)",
+        "    for path in reversed(paths):\n        _replace(path, data)",
+        DURABLE,
+        "each_name_is_durable",
+    ),
+    "no lock": Mutant(
+        "durable", "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", DURABLE, "held_folder"
+    ),
+    "a lock that waits": Mutant(
+        "durable", "LOCK_EX | fcntl.LOCK_NB", "LOCK_SH", DURABLE, "held_folder"
+    ),
+    "a lock that children inherit": Mutant(
+        "durable",
+        "    with _closing(fd):\n        try:\n            with _named(path):\n",
+        "    with _closing(fd):\n        os.set_inheritable(fd, True)\n        try:\n"
+        "            with _named(path):\n",
+        DURABLE,
+        "children_of_a_killed",
+    ),
+    "setting aside into a used folder": Mutant(
+        "durable",
+        "            aside.mkdir()",
+        "            aside.mkdir(exist_ok=True)",
+        DURABLE,
+        "never_overwrites",
+    ),
+    "a failed append left half-done": Mutant(
+        "durable",
+        "                    os.ftruncate(fd, size)",
+        "                    pass",
+        DURABLE,
+        "failed_append",
+    ),
+    "no digest check": Mutant(
+        "checkpoint",
+        'payload["digest"] != content_digest(payload)',
+        "False",
+        CHECKPOINT,
+        "digest_covers",
+    ),
+    "a digest without dtypes": Mutant(
+        "payload", 'f"tensor {value.dtype} {tuple', 'f"tensor {tuple', CHECKPOINT, "digest_covers"
+    ),
+    "a digest that takes a tuple for a list": Mutant(
+        "payload",
+        'yield f"{kind} {len(value)};"',
+        'yield f"list {len(value)};"',
+        CHECKPOINT,
+        "digest_covers",
+    ),
+    "no check of the CRCs": Mutant(
+        "torchfile", "archive.testzip()", "None", DAMAGED, "single_bits"
+    ),
+    "no check of the pickle": Mutant(
+        "torchfile", "        _check_pickle(archive.read(pickles[0]))\n", "", HOSTILE, "bytearray"
+    ),
+    "any global in the pickle": Mutant(
+        "torchfile",
+        'if name == "GLOBAL" and arg not in _GLOBALS',
+        "if False",
+        HOSTILE,
+        "system or bytearray",
+    ),
+    "members twice allowed": Mutant(
+        "torchfile", "if len(set(names)) < len(names)", "if False", HOSTILE, "twice"
+    ),
+    "compressed members allowed": Mutant(
+        "torchfile", "member.compress_type != zipfile.ZIP_STORED or", "", HOSTILE, "bomb"
+    ),
+    "any member name allowed": Mutant(
+        "torchfile", "if not _MEMBER.fullmatch(member.filename)", "if False", HOSTILE, "TorchScript"
+    ),
+    "any kind of file opened": Mutant(
+        "torchfile", "if not stat.S_ISREG(info.st_mode)", "if False", HOSTILE, "endless"
+    ),
+    "no bound on the directory": Mutant(
+        "torchfile", "    _check_directory_end(file, size)\n", "", HOSTILE, "ordinary"
+    ),
+    "shared storages allowed": Mutant(
+        "payload",
+        "if owner != where and {owner, where} != set(TIED)",
+        "if False",
+        CHECKPOINT,
+        "content_that_is_not_right",
+    ),
+    "views allowed": Mutant(
+        "payload",
+        "not t.is_contiguous() or t.storage_offset() != 0 or storage.nbytes() != t.nbytes",
+        "False",
+        CHECKPOINT,
+        "content_that_is_not_right",
+    ),
+    "no bound on nesting": Mutant(
+        "payload",
+        "MAX_DEPTH = 32",
+        "MAX_DEPTH = 10**9",
+        CHECKPOINT,
+        "content_that_is_not_right or holds_itself",
+    ),
+    "non-finite tensors saved": Mutant(
+        "payload",
+        '    _check_finite(clean["model_state"], "model_state")\n',
+        "",
+        CHECKPOINT,
+        "not_finite_is_not_saved",
+    ),
+    "non-finite moments saved": Mutant(
+        "payload",
+        '    _check_finite(clean["optimizer_state"], "optimizer_state")\n',
+        "",
+        CHECKPOINT,
+        "not_finite_is_not_saved",
+    ),
+    "NaN as best loss": Mutant("payload", "math.isnan(best) or", "", CHECKPOINT, "nan_never"),
+    "shapes not compared": Mutant(
+        "payload",
+        "    if tuple(t.shape) != shape:",
+        "    if False:",
+        CHECKPOINT,
+        "content_that_is_not_right",
+    ),
+    "untied weights allowed": Mutant(
+        "payload",
+        'if not _same(model_state["tok_emb.weight"], model_state["lm_head.weight"])',
+        "if False",
+        CHECKPOINT,
+        "content_that_is_not_right",
+    ),
+    "strings not interned": Mutant(
+        "payload",
+        "return sys.intern(str(value))",
+        "return str(value)",
+        ROUND_TRIP,
+        "not_on_the_objects",
+    ),
+    "keys in the order given": Mutant(
+        "payload",
+        "return sorted(value, key=lambda key: (type(key).__name__, key))",
+        "return list(value)",
+        ROUND_TRIP,
+        "not_on_the_objects",
+    ),
+    "moments swapped": Mutant(
+        "checkpoint",
+        '"exp_avg": state.mu[name]',
+        '"exp_avg": state.nu[name]',
+        ROUND_TRIP,
+        "module_view",
+    ),
+    "no moments before step 1 forgotten": Mutant(
+        "checkpoint",
+        '"state": moments if state.step else {}',
+        '"state": moments',
+        ROUND_TRIP,
+        "module_view",
+    ),
+    "the first good one for the newest": Mutant(
+        "checkpoint", "if step > most:", "if found is None:", CHECKPOINT, "newest_good"
+    ),
+    "damage not passed over": Mutant(
+        "checkpoint",
+        "            skipped.append((path, str(error)))\n            continue",
+        "            return None, [(path, str(error))]",
+        CHECKPOINT,
+        "newest_good",
+    ),
+    "one name only": Mutant(
+        "checkpoint",
+        "[Path(path) for path in paths]",
+        "[Path(paths[0])]",
+        CHECKPOINT,
+        "several_names",
+    ),
+    "the model diff not looked at": Mutant(
+        "checkpoint",
+        '    validate_model_config_match(payload["model_cfg"], model_cfg)\n',
+        "",
+        CHECKPOINT,
+        "shows_the_diff",
+    ),
+}
+
+
+def copied(folder: Path) -> Path:
+    """Copy the package and its tests into the folder."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("niels_gpt", "tests", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def run_tests(folder: Path, tests: str, chosen: str) -> subprocess.CompletedProcess:
+    options = ["-x", "-p", "no:cacheprovider", "--tb=no", "-rf", "-k", chosen]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *options, tests],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_without_a_mutation_the_tests_pass(tmp_path):
+    folder = copied(tmp_path)
+    chosen: dict[str, set[str]] = {}
+    for mutant in MUTANTS.values():
+        chosen.setdefault(mutant.tests, set()).add(mutant.chosen)
+    for tests, names in chosen.items():
+        run = run_tests(folder, tests, " or ".join(sorted(names)))
+        assert run.returncode == 0, run.stdout[-3000:]
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_killed(tmp_path, name, record_property):
+    mutant = MUTANTS[name]
+    folder = copied(tmp_path)
+    module = folder / "niels_gpt" / f"{mutant.module}.py"
+    source = module.read_text()
+    assert source.count(mutant.old) == 1, "the mutation no longer applies"
+    module.write_text(source.replace(mutant.old, mutant.new))
+    run = run_tests(folder, mutant.tests, mutant.chosen)
+    assert run.returncode == 1, run.stdout[-3000:]
+    killer = re.search(r"^FAILED \S*?::(.*?)( - |$)", run.stdout, re.MULTILINE)
+    assert killer
+    record_property("killed by", killer[1])
+    print(f"{name}: killed by {killer[1]}", flush=True)

@@ -1,0 +1,89 @@
+"""The yardstick is fair only if it computes what the trainer computes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from benchmarks.imperative import ImperativeGPT, imperative_step, make_optimizer
+from benchmarks.learning_curve import learning_curve, validation_loss
+from benchmarks.rows import Figure
+from benchmarks.timing import median_seconds
+from niels_gpt import evaluate, make_state, train_step
+from niels_gpt.config import ModelConfig, TrainConfig
+from niels_gpt.loss import forward
+from niels_gpt.state import TrainState
+
+MODEL = ModelConfig(T=80, C=16, L=2, H=2, d_ff=24, dropout=0.0)
+TRAIN = TrainConfig(B=3, eval_steps=2, eval_every=2, total_steps=6, warmup_steps=2)
+TEXT = random.Random(7).randbytes(2_000)
+
+
+def state_and_twin(
+    model_cfg: ModelConfig = MODEL,
+) -> tuple[TrainState, ImperativeGPT, torch.optim.Optimizer]:
+    state = make_state(model_cfg, TRAIN)
+    twin = ImperativeGPT(model_cfg)
+    twin.load_state_dict({**state.params, "lm_head.weight": state.params["tok_emb.weight"]})
+    return state, twin, make_optimizer(twin, TRAIN)
+
+
+def random_batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = torch.randint(256, (2, 3, 80), generator=torch.Generator().manual_seed(seed))
+    return x, y
+
+
+def test_both_models_compute_the_same_logits():
+    state, twin, _ = state_and_twin()
+    x, _ = random_batch(1)
+    assert_close(forward(state.params, x, MODEL), twin(x), rtol=1e-5, atol=1e-6)
+
+
+def test_both_steps_follow_the_same_trajectory():
+    state, twin, optimizer = state_and_twin()
+    for k in range(5):
+        batch, lr = random_batch(k), 1e-3 * k
+        state, metrics = train_step(state, batch, lr)
+        loss = imperative_step(twin, optimizer, *batch, lr=lr, grad_clip=TRAIN.grad_clip)
+        assert_close(metrics["loss"], loss, rtol=1e-5, atol=1e-6)
+    for name, p in twin.named_parameters():
+        assert_close(state.params[name], p.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_both_evaluations_give_the_same_loss():
+    state, twin, _ = state_and_twin()
+    ours = evaluate(state, TEXT, TRAIN.seed)
+    assert validation_loss(twin, TEXT, TRAIN, T=MODEL.T) == pytest.approx(ours, rel=1e-5)
+
+
+def test_dropout_of_the_yardstick_acts_in_training_only():
+    _, twin, _ = state_and_twin(ModelConfig(T=80, C=16, L=2, H=2, d_ff=24, dropout=0.5))
+    x, _ = random_batch(1)
+    assert not torch.equal(twin(x), twin(x))
+    twin.eval()
+    assert torch.equal(twin(x), twin(x))
+
+
+def test_learning_curve_reports_each_evaluation_and_the_last_step():
+    sources = {"wiki": TEXT, "roam": TEXT, "primer": TEXT}
+    records = list(learning_curve(MODEL, TRAIN, sources, TEXT, steps=5))
+    assert [r["step"] for r in records] == [2, 4, 5]
+    assert all(4.0 < r["val_wiki_loss"] < 7.0 for r in records)
+
+
+def test_sides_are_timed_in_turn_after_the_warm_up():
+    calls: list[str] = []
+    sides = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = median_seconds(sides, rounds=3, warmup=2)
+    assert calls == ["a", "b"] * 5
+    assert seconds.keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("value", "at_least", "met"), [(2.0, True, True), (0.5, True, False), (2.0, False, False)]
+)
+def test_a_bar_is_a_lower_or_an_upper_limit(value, at_least, met):
+    assert Figure("x", value, bar=1.0, at_least=at_least, detail={}).met is met

@@ -1,0 +1,524 @@
+"""What is refused on the way out and on the way back, resuming, and the output folder."""
+
+import errno
+import math
+import os
+import shutil
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from niels_gpt.checkpoint import (
+    load_checkpoint,
+    newest_good,
+    own_files,
+    resume_notes,
+    save_checkpoint,
+    state_from_payload,
+    state_payload,
+    validate_model_config_match,
+    write_checkpoint,
+)
+from niels_gpt.config import ModelConfig, TrainConfig, to_dict
+from niels_gpt.model.gpt import GPT
+from niels_gpt.payload import MODEL_FIELDS, check_payload, content_digest
+from niels_gpt.torchfile import CheckpointError
+from tests.checkpoints import TINY, json_like, random_payload, random_state
+from tests.strategies import model_configs
+
+
+def without(payload, *path):
+    """Return a copy of nested dicts and lists that lacks the last key of the path."""
+    return _edited(payload, path, lambda parent, key: parent.pop(key))
+
+
+def replaced(payload, *path, by):
+    """Return a copy of nested dicts and lists with another value at the end of the path."""
+    return _edited(payload, path, lambda parent, key: parent.__setitem__(key, by))
+
+
+def _edited(value, path, edit):
+    copy = value.copy()
+    if len(path) == 1:
+        edit(copy, path[0])
+    else:
+        copy[path[0]] = _edited(value[path[0]], path[1:], edit)
+    return copy
+
+
+def with_digest(payload):
+    return {**payload, "digest": content_digest(payload)}
+
+
+# --- the way out -------------------------------------------------------------------------------
+
+NOT_FINITE = [math.nan, math.inf, -math.inf]
+TENSORS = [
+    ("model_state", "ln_f.bias"),
+    ("model_state", "blocks.0.attn.qkv.weight"),
+    ("optimizer_state", "state", 2, "exp_avg"),
+    ("optimizer_state", "state", 11, "exp_avg_sq"),
+]
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize("path", TENSORS, ids=lambda path: path[-1])
+def test_a_tensor_that_is_not_finite_is_not_saved(tmp_path, path, value):
+    file = tmp_path / "latest.pt"
+    write_checkpoint([file], random_payload())
+    before = file.read_bytes()
+    payload = random_payload(step=4)
+    tensor = payload
+    for key in path:
+        tensor = tensor[key]
+    tensor.view(-1)[-1] = value
+    with pytest.raises(CheckpointError, match=f"{file}.*{path[-1]}.*not finite"):
+        write_checkpoint([file], payload)
+    assert file.read_bytes() == before
+    assert os.listdir(tmp_path) == ["latest.pt"]
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_nan_never_becomes_the_best_loss(tmp_path, value):
+    payload = replaced(random_payload(), "best_val_loss", by=value)
+    with pytest.raises(CheckpointError, match="best_val_loss is"):
+        write_checkpoint([tmp_path / "best.pt"], payload)
+    torch.save(payload, tmp_path / "best.pt")
+    with pytest.raises(CheckpointError, match="best_val_loss is"):
+        load_checkpoint(tmp_path / "best.pt", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (Path("data"), r"train_cfg\.deep\.list\[1\] is a PosixPath"),
+        ({1, 2}, r"train_cfg\.deep\.list\[1\] is a set"),
+        (b"raw", r"train_cfg\.deep\.list\[1\] is a bytes"),
+        (print, r"train_cfg\.deep\.list\[1\] is a builtin_function"),
+        (torch.float32, r"train_cfg\.deep\.list\[1\] is a dtype"),
+        (2**3000, r"an integer of 3001 bits"),
+        ({None: 1}, r"has a key of type NoneType"),
+        ({1.5: 1}, r"has a key of type float"),
+        ({(1, 2): 1}, r"has a key of type tuple"),
+        ({2**3000: 1}, r"an integer of 3001 bits"),
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_read_back_is_not_written(tmp_path, value, message):
+    payload = replaced(random_payload(), "train_cfg", by={"deep": {"list": [0, value]}})
+    with pytest.raises(CheckpointError, match=message):
+        write_checkpoint([tmp_path / "a.pt"], payload)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_list_that_holds_itself_is_not_written(tmp_path):
+    loop = []
+    loop.append(loop)
+    with pytest.raises(CheckpointError, match="nested deeper"):
+        write_checkpoint([tmp_path / "a.pt"], {**random_payload(), "extra": loop})
+
+
+def test_a_model_of_another_shape_than_its_config_is_not_saved(tmp_path):
+    with pytest.raises(CheckpointError, match=r"tok_emb\.weight has shape \(16, 4\).*\(16, 8\)"):
+        save_checkpoint(
+            str(tmp_path / "a.pt"),
+            model_cfg={**to_dict(TINY), "C": 8},
+            train_cfg={},
+            model=GPT(TINY),
+            optimizer=None,
+            step=0,
+            best_val_loss=None,
+        )
+
+
+def test_subclasses_of_plain_values_are_written_as_plain_values(tmp_path):
+    class Size(int):
+        pass
+
+    class Name(str):
+        __slots__ = ()
+
+    train_cfg = OrderedDict(B=Size(3), name=Name("x"), lr=torch.tensor(0.5).item())
+    write_checkpoint([tmp_path / "a.pt"], {**random_payload(), "train_cfg": train_cfg})
+    loaded = load_checkpoint(tmp_path / "a.pt", device="cpu")["train_cfg"]
+    assert loaded == {"B": 3, "lr": 0.5, "name": "x"}
+    assert {type(value) for value in loaded.values()} == {int, float, str}
+
+
+def test_views_and_shared_tensors_are_written_compactly(tmp_path):
+    payload = random_payload()
+    big = torch.arange(1000.0)
+    extra = {"view": big[3:5], "column": big.view(10, 100)[:, 7], "wide": big[:1].expand(50)}
+    extra["again"] = extra["view"]
+    extra["grown"] = torch.zeros(3, requires_grad=True)
+    small, whole = tmp_path / "small.pt", tmp_path / "whole.pt"
+    write_checkpoint([small], payload)
+    write_checkpoint([whole], {**payload, **extra})
+    loaded = load_checkpoint(whole, device="cpu")
+    for name, tensor in extra.items():
+        assert torch.equal(loaded[name], tensor)
+    assert whole.stat().st_size < small.stat().st_size + 3000
+
+
+def test_several_names_hold_the_same_bytes_and_a_failure_spares_the_later_ones(tmp_path):
+    first, folder, last = tmp_path / "step_0000003.pt", tmp_path / "best.pt", tmp_path / "latest.pt"
+    write_checkpoint([first, last], random_payload())
+    assert first.read_bytes() == last.read_bytes()
+    old = last.read_bytes()
+    folder.mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        write_checkpoint([first, folder, last], random_payload(seed=5))
+    assert caught.value.errno == errno.EISDIR
+    assert caught.value.filename == str(folder)
+    assert first.read_bytes() != old
+    assert last.read_bytes() == old
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "latest.pt", "step_0000003.pt"]
+
+
+def test_extra_must_not_take_the_place_of_a_key():
+    with pytest.raises(ValueError, match="digest, step"):
+        state_payload(random_state(), best_val_loss=None, extra={"step": 1, "digest": ""})
+
+
+# --- the way back ------------------------------------------------------------------------------
+
+
+def test_a_missing_file_is_filenotfounderror(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for path in (tmp_path / "no.pt", tmp_path / "file" / "no.pt", tmp_path / "no" / "no.pt"):
+        with pytest.raises(FileNotFoundError, match=r"no\.pt"):
+            load_checkpoint(str(path), device="cpu")
+
+
+GOOD = random_payload()
+MOMENT = ("optimizer_state", "state", 0, "exp_avg")
+GROUP = ("optimizer_state", "param_groups", 0)
+REFUSED = {
+    "no model_cfg": (without(GOOD, "model_cfg"), "lacks the keys model_cfg"),
+    "no step": (without(GOOD, "step"), "lacks the keys step"),
+    "a list": ([GOOD], "holds a list, not a dict"),
+    "step true": (replaced(GOOD, "step", by=True), "step is a bool"),
+    "step negative": (replaced(GOOD, "step", by=-1), "step is -1"),
+    "step huge": (replaced(GOOD, "step", by=10**13), "step is 10"),
+    "step a tensor": (replaced(GOOD, "step", by=torch.tensor(3)), "step is a Tensor"),
+    "best a string": (replaced(GOOD, "best_val_loss", by="1.5"), "best_val_loss is a str"),
+    "config not a dict": (replaced(GOOD, "train_cfg", by=[1]), "train_cfg is a list"),
+    "digest not a string": (replaced(GOOD, "digest", by=1), "digest is a int"),
+    "unknown field": (replaced(GOOD, "model_cfg", "W", by=3), "model_cfg has the unknown key W"),
+    "illegal field": (replaced(GOOD, "model_cfg", "H", by=3), "model_cfg: .*H=3"),
+    "field of a wrong type": (replaced(GOOD, "model_cfg", "C", by="4"), "model_cfg: .*C="),
+    "more blocks than tensors": (replaced(GOOD, "model_cfg", "L", by=1000), r"lacks blocks\.1"),
+    "one block more": (replaced(GOOD, "model_cfg", "L", by=2), r"lacks blocks\.1"),
+    "a tensor less": (without(GOOD, "model_state", "ln_f.bias"), r"lacks ln_f\.bias"),
+    "no head": (without(GOOD, "model_state", "lm_head.weight"), r"lacks lm_head\.weight"),
+    "a tensor more": (
+        replaced(GOOD, "model_state", "pos_emb", by=torch.zeros(2)),
+        "unknown tensor pos_emb",
+    ),
+    "not a tensor": (replaced(GOOD, "model_state", "ln_f.bias", by=[0.0] * 4), "is a list"),
+    "another dtype": (
+        replaced(GOOD, "model_state", "ln_f.bias", by=torch.zeros(4, dtype=torch.float64)),
+        r"ln_f\.bias is torch\.float64",
+    ),
+    "another shape": (
+        replaced(GOOD, "model_state", "ln_f.bias", by=torch.zeros(2, 2)),
+        r"ln_f\.bias has shape \(2, 2\)",
+    ),
+    "untied": (
+        replaced(GOOD, "model_state", "lm_head.weight", by=torch.zeros(16, 4)),
+        "differs from its twin",
+    ),
+    "nan": (
+        replaced(GOOD, "model_state", "ln_f.bias", by=torch.full((4,), math.nan)),
+        r"ln_f\.bias holds a value that is not finite",
+    ),
+    "requires grad": (
+        replaced(GOOD, "model_state", "ln_f.bias", by=torch.zeros(4, requires_grad=True)),
+        "ln_f.bias is not plain data",
+    ),
+    "stride 0": (
+        replaced(GOOD, "model_state", "ln_f.bias", by=torch.zeros(1).expand(4)),
+        "does not fill its storage of 4 bytes",
+    ),
+    "transposed": (
+        replaced(GOOD, "model_state", "tok_emb.weight", by=torch.zeros(4, 16).T),
+        "does not fill its storage",
+    ),
+    "a larger storage": (
+        replaced(GOOD, "model_state", "ln_f.bias", by=torch.zeros(100)[:4]),
+        "does not fill its storage of 400 bytes",
+    ),
+    "a shared storage": (
+        replaced(GOOD, "model_state", "ln_f.bias", by=GOOD["model_state"]["ln_f.weight"]),
+        r"ln_f\.bias shares the storage of model_state\.ln_f\.weight",
+    ),
+    "a moment shared": (
+        replaced(GOOD, *MOMENT, by=GOOD["optimizer_state"]["state"][0]["exp_avg_sq"]),
+        "shares the storage",
+    ),
+    "a moment of another shape": (
+        replaced(GOOD, *MOMENT, by=torch.zeros(3)),
+        r"state\.0\.exp_avg has shape \(3,\)",
+    ),
+    "a moment that is no tensor": (replaced(GOOD, *MOMENT, by="x"), "exp_avg is a str"),
+    "a moment that is not finite": (
+        replaced(GOOD, *MOMENT, by=torch.full((16, 4), math.inf)),
+        "exp_avg holds a value that is not finite",
+    ),
+    "a step that is no number": (
+        replaced(GOOD, "optimizer_state", "state", 0, "step", by=torch.zeros(2)),
+        r"state\.0\.step is not a number",
+    ),
+    "no groups": (without(GOOD, "optimizer_state", "param_groups"), "not the state_dict"),
+    "a group without numbers": (without(GOOD, *GROUP, "params"), "numbers no parameters"),
+    "a parameter twice": (
+        replaced(GOOD, *GROUP, "params", by=[0, 0]),
+        "numbers a parameter twice",
+    ),
+    "names that are no list": (replaced(GOOD, *GROUP, "param_names", by=3), "not a list of names"),
+    "moments of nobody": (
+        replaced(GOOD, "optimizer_state", "state", 99, by={}),
+        r"state\.99 belongs to no parameter",
+    ),
+    "deep nesting": (
+        replaced(GOOD, "train_cfg", "deep", by=eval("[" * 40 + "]" * 40)),
+        "nested deeper",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_content_that_is_not_right_is_refused_by_name(tmp_path, case):
+    payload, message = REFUSED[case]
+    file = tmp_path / "bad.pt"
+    torch.save(payload, file)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(file, device="cpu")
+    assert str(caught.value).startswith(f"{file}: ")
+
+
+CHANGES = {
+    "a value": lambda p: replaced(p, "step", by=4),
+    "a type": lambda p: replaced(p, "train_cfg", "B", by=32.0),
+    "a list for a tuple": lambda p: replaced(p, *GROUP, "betas", by=[0.9, 0.95]),
+    "a key": lambda p: {**p, "more": None},
+    "a sign of zero": lambda p: replaced(p, "train_cfg", "grad_clip", by=-0.0),
+    "a bit of a tensor": lambda p: replaced(p, *MOMENT, by=_one_bit_off(p)),
+    "a dtype": lambda p: replaced(p, "t", by=p["t"].view(torch.int32)),
+    "a shape": lambda p: replaced(p, "t", by=p["t"].reshape(2, 2)),
+    "true for 1": lambda p: replaced(p, "one", by=True),
+}
+
+
+def _one_bit_off(payload):
+    moment = payload["optimizer_state"]["state"][0]["exp_avg"].clone()
+    moment.view(torch.int32)[0, 0] ^= 1
+    return moment
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_digest_covers_every_key_type_shape_and_bit(tmp_path, change):
+    payload = {**random_payload(), "t": torch.zeros(4), "one": 1}
+    payload = replaced(payload, "train_cfg", "grad_clip", by=0.0)
+    changed = CHANGES[change](payload)
+    check_payload(changed)  # nothing but the digest stands against it
+    assert content_digest(changed) != content_digest(payload)
+    torch.save({**changed, "digest": content_digest(payload)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="does not match its digest"):
+        load_checkpoint(tmp_path / "a.pt", device="cpu")
+
+
+@given(data=st.data())
+def test_a_mutated_payload_loads_or_is_refused_and_nothing_else(tmp_path, data):
+    """Put any plain value, or a tensor of another place, anywhere in the payload."""
+    paths = list(_paths(GOOD, ()))
+    target = data.draw(st.sampled_from(paths))
+    tensors = [value for path in paths if isinstance(value := _at(GOOD, path), torch.Tensor)]
+    mutated = replaced(GOOD, *target, by=data.draw(json_like | st.sampled_from(tensors)))
+    torch.save(mutated, tmp_path / "a.pt")
+    try:
+        loaded = load_checkpoint(tmp_path / "a.pt", device="cpu")
+        resume_notes(loaded)
+        state_from_payload(loaded, TINY, TrainConfig())
+    except ValueError:
+        return
+    assert content_digest(loaded) == content_digest({"best_val_loss": None, **mutated})
+
+
+def _paths(value, path):
+    if path:
+        yield path
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    for key, item in items:
+        yield from _paths(item, (*path, key))
+
+
+def _at(value, path):
+    for key in path:
+        value = value[key]
+    return value
+
+
+def test_the_error_names_a_good_checkpoint_to_use_instead(tmp_path):
+    write_checkpoint([tmp_path / "step_0000002.pt"], random_payload(step=2))
+    write_checkpoint([tmp_path / "step_0000001.pt"], random_payload(step=1))
+    (tmp_path / "latest.pt").write_bytes(b"\0" * 500)
+    with pytest.raises(CheckpointError, match=r"latest\.pt: .*good checkpoint .* step_0000002\.pt"):
+        load_checkpoint(tmp_path / "latest.pt", device="cpu")
+
+
+# --- resuming ----------------------------------------------------------------------------------
+
+
+@given(a=model_configs(), b=model_configs())
+def test_a_model_diff_has_a_line_per_differing_field(a, b):
+    differing = [name for name in MODEL_FIELDS if getattr(a, name) != getattr(b, name)]
+    if not differing:
+        validate_model_config_match(to_dict(a), b)
+        return
+    with pytest.raises(ValueError, match="differs from the config") as caught:
+        validate_model_config_match(to_dict(a), b)
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == differing
+    for line, name in zip(lines, differing, strict=True):
+        assert str(getattr(a, name)) in line
+        assert str(getattr(b, name)) in line
+
+
+def test_a_field_that_the_checkpoint_lacks_is_a_difference():
+    with pytest.raises(ValueError, match=r"rope_theta: checkpoint .*missing"):
+        validate_model_config_match(without(to_dict(TINY), "rope_theta"), to_dict(TINY))
+
+
+def test_a_resume_into_another_shape_shows_the_diff():
+    with pytest.raises(ValueError, match="C: checkpoint 4, config 8"):
+        state_from_payload(GOOD, ModelConfig(**{**to_dict(TINY), "C": 8}), TrainConfig())
+
+
+def test_a_resume_without_moments_starts_them_at_zero_and_says_so():
+    payload = replaced(with_digest(GOOD), "optimizer_state", by=None)
+    state = state_from_payload(payload, TINY, TrainConfig(B=5))
+    assert state.step == 3
+    assert state.train_cfg.B == 5
+    for tree in (state.mu, state.nu):
+        assert all(not tree[name].any() for name in state.params)
+    assert [note for note in resume_notes(payload) if "from zero" in note]
+
+
+def test_notes_are_silent_on_an_own_checkpoint_and_name_what_a_foreign_one_lacks():
+    assert resume_notes(with_digest(GOOD)) == []
+    assert "another program" in resume_notes(GOOD)[0]
+    other = with_digest(replaced(GOOD, "step", by=7))
+    assert "step is 7, its optimizer counted 3 updates" in resume_notes(other)[0]
+
+
+def plain_payload(optimizer, model):
+    return check_payload(
+        {
+            "model_cfg": to_dict(TINY),
+            "train_cfg": {},
+            "model_state": model.state_dict(),
+            "optimizer_state": optimizer.state_dict(),
+            "step": 1,
+        }
+    )
+
+
+def stepped(make):
+    model = GPT(TINY)
+    optimizer = make(model)
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, i + 1.0)
+    optimizer.step()
+    return model, optimizer
+
+
+def test_moments_of_another_optimizer_are_refused():
+    model, optimizer = stepped(lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9))
+    with pytest.raises(CheckpointError, match=r"not AdamW's: it holds momentum_buffer for tok_emb"):
+        state_from_payload(plain_payload(optimizer, model), TINY, TrainConfig())
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_several_parameter_groups_need_names(named):
+    def make(model):
+        pairs = list(model.named_parameters())
+        decayed = [(n, p) if named else p for n, p in pairs if p.ndim > 1]
+        others = [(n, p) if named else p for n, p in pairs if p.ndim == 1]
+        return torch.optim.AdamW([{"params": others}, {"params": decayed}])
+
+    model, optimizer = stepped(make)
+    payload = plain_payload(optimizer, model)
+    if not named:
+        with pytest.raises(CheckpointError, match="several parameter groups without names"):
+            state_from_payload(payload, TINY, TrainConfig())
+        return
+    state = state_from_payload(payload, TINY, TrainConfig())
+    for name, p in model.named_parameters():
+        assert torch.equal(state.mu[name], optimizer.state[p]["exp_avg"])
+        assert torch.equal(state.nu[name], optimizer.state[p]["exp_avg_sq"])
+
+
+# --- the output folder -------------------------------------------------------------------------
+
+
+def put(folder, **steps):
+    """Write a good checkpoint of each step, or a damaged one for None."""
+    for name, step in steps.items():
+        path = folder / f"{name}.pt"
+        if step is None:
+            path.write_bytes(b"damaged")
+        else:
+            write_checkpoint([path], random_payload(step=step))
+
+
+@pytest.mark.parametrize(
+    ("files", "found", "skipped"),
+    [
+        ({}, None, []),
+        ({"latest": 5}, "latest.pt", []),
+        ({"latest": 5, "best": 5, "step_0000005": 5}, "latest.pt", []),
+        ({"latest": None, "best": 2, "step_0000005": 5}, "step_0000005.pt", ["latest.pt"]),
+        ({"latest": 4, "step_0000005": 5}, "step_0000005.pt", []),
+        ({"latest": None, "best": 6, "step_0000005": 5}, "best.pt", ["latest.pt"]),
+        (
+            {"latest": None, "step_0000009": None, "step_0000005": 5, "step_0000003": 3},
+            "step_0000005.pt",
+            ["latest.pt", "step_0000009.pt"],
+        ),
+        ({"latest": None, "best": None}, None, ["latest.pt", "best.pt"]),
+        ({"mine": 9, "step_9": 9, "latest": 2}, "latest.pt", []),
+        ({"latest": 5, "step_0000003": None}, "latest.pt", []),
+        ({"step_10000000": 10000000, "step_9999999": 9999999}, "step_10000000.pt", []),
+    ],
+)
+def test_newest_good(tmp_path, files, found, skipped):
+    put(tmp_path, **files)
+    path, reasons = newest_good(tmp_path)
+    assert path == (None if found is None else tmp_path / found)
+    assert [skipped_path.name for skipped_path, _ in reasons] == skipped
+    assert all(reason for _, reason in reasons)
+
+
+def test_the_step_that_counts_is_the_one_inside_the_file(tmp_path):
+    put(tmp_path, latest=5, step_0000009=9)
+    shutil.copy(tmp_path / "latest.pt", tmp_path / "step_0000009.pt")
+    assert newest_good(tmp_path)[0] == tmp_path / "latest.pt"
+
+
+def test_own_files_are_the_names_of_the_contract(tmp_path):
+    own = {"latest.pt", "best.pt", "step_0000001.pt", "step_12345678.pt", "metrics.jsonl"}
+    for name in own | {"step_1.pt", "my.pt", "latest.pt.bak", "notes.md", "step_000000a.pt"}:
+        (tmp_path / name).write_bytes(b"")
+    assert set(own_files(tmp_path)) == own
+    assert own_files(tmp_path)[0] == "latest.pt"

@@ -1,0 +1,102 @@
+"""The compiled step: compared with the eager one before it is used, or not used."""
+
+import json
+
+import pytest
+import torch
+
+from niels_gpt import ModelConfig, TrainConfig, compiled, make_state, train_step
+from niels_gpt.checkpoint import load_checkpoint
+from niels_gpt.compiled import choose_step, compile_step, step_difference
+from niels_gpt.loss import block_gradients
+
+MODEL = ModelConfig(T=8, C=8, L=1, H=2, d_ff=8, dropout=0.2)
+TRAIN = TrainConfig(B=4)
+
+
+@pytest.fixture
+def state():
+    return make_state(MODEL, TRAIN)
+
+
+@pytest.fixture
+def batch():
+    ids = torch.arange(36).view(4, 9)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def wrong(params, block, keys, cfg, B):
+    """Compute gradients with one element off by a hundredth."""
+    grads, loss = block_gradients(params, block, keys, cfg, B)
+    grads["ln_f.weight"] = grads["ln_f.weight"] + 0.01 * grads["ln_f.weight"].abs().max()
+    return grads, loss
+
+
+def not_a_number(params, block, keys, cfg, B):
+    grads, loss = block_gradients(params, block, keys, cfg, B)
+    return {name: g * float("nan") for name, g in grads.items()}, loss
+
+
+def broken(params, block, keys, cfg, B):
+    raise TypeError("no compiler here\nand a long story")
+
+
+@pytest.mark.parametrize(
+    ("product", "word"),
+    [(wrong, "differs by"), (not_a_number, "nan"), (broken, "TypeError: no compiler here")],
+)
+def test_what_differs_or_fails_is_not_used_and_that_is_said(
+    state, batch, monkeypatch, product, word
+):
+    monkeypatch.setattr(torch, "compile", lambda function, **how: product)
+    said = []
+    step, is_compiled = choose_step(state, batch, 1e-3, said.append)
+    assert step is train_step
+    assert not is_compiled
+    assert word in said[0]
+    assert "\n" not in said[0]
+
+
+def test_what_agrees_is_used(state, batch, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    said = []
+    step, is_compiled = choose_step(state, batch, 1e-3, said.append)
+    assert is_compiled
+    assert "used" in said[0]
+    assert step_difference(step(state, batch, 1e-3)[0], train_step(state, batch, 1e-3)[0]) == 0
+
+
+def test_the_real_compiler_gives_the_same_steps(state, batch):
+    eager, fast = state, state
+    step = compile_step()
+    for _ in range(3):
+        eager, expected = train_step(eager, batch, 1e-2)
+        fast, metrics = step(fast, batch, 1e-2)
+        torch.testing.assert_close(metrics, expected, rtol=1e-4, atol=1e-5)
+    assert step_difference(eager, fast) < 1e-4
+
+
+def test_the_choice_is_recorded_and_a_resume_inherits_it(niels, texts, tmp_path, monkeypatch):
+    chosen = []
+
+    def note_and_choose(state, batch, lr, say):
+        chosen.append(state.step)
+        return train_step, state.step == 0
+
+    monkeypatch.setattr("niels_gpt.run.choose_step", note_and_choose)
+    config = {"model": vars(MODEL), "train": {"B": 2, "total_steps": 2, "warmup_steps": 0}}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    where = ["--wiki", texts / "wiki", "--roam", texts / "notes", "--out", "out"]
+    args = ["train", "--config", "c.json", "--device", "cpu", *where]
+
+    def recorded():
+        payload = load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")
+        return payload["environment"]["compile"]
+
+    assert niels(*args, "--compile").exit_code == 0
+    assert (chosen, recorded()) == ([0], True)
+    assert niels(*args, "--resume", "latest", "--set", "train.total_steps=3").exit_code == 0
+    assert (chosen, recorded()) == ([0, 2], False)  # the second choice was against it
+    assert niels(*args, "--resume", "latest", "--set", "train.total_steps=4").exit_code == 0
+    assert chosen == [0, 2]
+    assert compiled.TOLERANCE < 0.01

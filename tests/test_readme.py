@@ -1,0 +1,53 @@
+"""The README tells the truth: its script runs, its tree names every file, its table every key."""
+
+import re
+from pathlib import Path
+
+from niels_gpt.cli import COMMANDS
+from niels_gpt.config import SECTIONS, to_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    return [text for label, text in fenced if label == language]
+
+
+def test_the_script_runs_and_learns(monkeypatch, capsys):
+    (script,) = blocks("python")
+    assert len([line for line in script.splitlines() if line.strip()]) <= 15
+    monkeypatch.chdir(ROOT)
+    exec(compile(script, "README.md", "exec"), {})
+    training_loss, validation_loss = map(float, capsys.readouterr().out.split())
+    assert max(training_loss, validation_loss) < 3.5  # 5.5 before
+
+
+def test_the_tree_names_every_file_of_the_package():
+    (tree,) = (block for block in blocks("") if "niels_gpt/\n" in block)
+    for file in (ROOT / "niels_gpt").iterdir():
+        if file.name in ("__init__.py", "__main__.py", "py.typed") or file.name[0] in "_.":
+            continue
+        assert file.name + "/" * file.is_dir() in tree, file.name
+    for name in re.findall(r"\b\w+\.py\b", tree):
+        assert list((ROOT / "niels_gpt").rglob(name)), name
+
+
+def test_every_key_of_a_config_is_in_the_table():
+    for section, config in SECTIONS.items():
+        for key in to_dict(config()):
+            assert re.search(rf"`({section}\.)?{key}`", README), key
+
+
+def test_every_command_is_in_the_table_and_has_its_page():
+    for command in COMMANDS:
+        assert re.search(rf"^\| \[?`{command}`", README, flags=re.MULTILINE), command
+        if command != "train":
+            assert (ROOT / "docs" / f"{command}.md").exists(), command
+
+
+def test_what_is_linked_exists():
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"

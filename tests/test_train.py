@@ -1,0 +1,372 @@
+"""The `train` command, in processes of its own, as users run it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from niels_gpt import ModelConfig, TrainConfig, streams, to_modules
+from niels_gpt.checkpoint import load_checkpoint
+from niels_gpt.metrics import CLOCK_FIELDS
+from niels_gpt.plan import resume_state
+from niels_gpt.train import main
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+TINY = {
+    "model": {"T": 16, "C": 8, "L": 1, "H": 2, "d_ff": 8, "dropout": 0.1},
+    "train": {
+        "B": 4,
+        "total_steps": 7,
+        "eval_every": 3,
+        "eval_steps": 2,
+        "ckpt_every": 2,
+        "log_every": 2,
+        "warmup_steps": 2,
+    },
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+@pytest.fixture
+def train(niels, config, texts):
+    """Run `niels-gpt train` in this process on the tiny config and the generated texts."""
+
+    def run(*args, wiki=None, roam=None):
+        where = ["--wiki", wiki or texts / "wiki", "--roam", roam or texts / "notes"]
+        return niels("train", "--config", config, "--device", "cpu", *where, *args)
+
+    return run
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+
+
+def metrics(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK_FIELDS} for line in lines]
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.glob("*.pt")}
+
+
+def log_lines(result):
+    """Return the lines about steps, without the speed."""
+    lines = [line for line in result.stdout.splitlines() if line.startswith("step")]
+    return [line.split("  ")[:3] for line in lines]
+
+
+def test_a_run_leaves_its_checkpoints_and_its_numbers(train, tmp_path):
+    result = train("--out", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert names(tmp_path / "out") == [
+        "best.pt",
+        "latest.pt",
+        "metrics.jsonl",
+        "step_0000002.pt",
+        "step_0000004.pt",
+        "step_0000006.pt",
+    ]
+    records = metrics(tmp_path / "out")
+    assert [(r["kind"], r["step"]) for r in records] == [
+        ("train", 1),
+        ("train", 2),
+        ("eval", 3),
+        ("train", 4),
+        ("train", 6),
+        ("eval", 6),
+        ("train", 7),
+        ("eval", 7),
+    ]
+    assert records[0]["lr"] == 0.0
+    latest = load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")
+    evals = {r["step"]: r["val_wiki_loss"] for r in records if r["kind"] == "eval"}
+    assert latest["best_val_loss"] == min(evals.values())
+    assert latest["step"] == 7
+    best = load_checkpoint(tmp_path / "out" / "best.pt", device="cpu")
+    assert evals[best["step"]] == min(evals.values())
+    for word in ("train/wiki", "val/wiki", "sha256", "loss", "lr", "bytes/s", "--resume"):
+        assert word in result.stdout
+
+
+def test_the_recorded_validation_loss_is_that_of_the_module_in_the_checkpoint(
+    train, tmp_path, texts
+):
+    from niels_gpt.eval import eval_loss_on_stream
+
+    train("--out", tmp_path / "out")
+    payload = load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")
+    cfg = TrainConfig(**payload["train_cfg"])
+    state, scores = resume_state(payload, ModelConfig(**payload["model_cfg"]), cfg, "cpu")
+    model, _ = to_modules(state)
+    stream = (texts / "wiki" / "val.txt").read_bytes()
+    loss = eval_loss_on_stream(
+        model, stream=stream, B=4, T=16, device="cpu", eval_steps=2, seed=cfg.seed
+    )
+    assert loss == scores.val_loss
+
+
+def test_same_config_same_bytes(train, tmp_path):
+    first = train("--out", tmp_path / "a")
+    second = train("--out", tmp_path / "b", "--set", "train.log_every=2")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert log_lines(first) == log_lines(second)
+
+
+@pytest.mark.parametrize("name", ["step_0000002.pt", "step_0000004.pt", "best.pt", "latest.pt"])
+def test_a_resume_from_any_checkpoint_ends_in_the_same_bytes(train, tmp_path, name):
+    train("--out", tmp_path / "whole")
+    whole = contents(tmp_path / "whole"), metrics(tmp_path / "whole")
+    result = train("--resume", tmp_path / "whole" / name)
+    assert result.exit_code == 0, result.stderr
+    assert (contents(tmp_path / "whole"), metrics(tmp_path / "whole")) == whole
+
+
+def test_a_resume_from_an_earlier_step_moves_later_files_aside(train, tmp_path):
+    out = tmp_path / "out"
+    train("--out", out)
+    before = contents(out)
+    result = train("--resume", out / "step_0000004.pt", "--set", "train.base_lr=0.01")
+    assert result.exit_code == 0, result.stderr
+    aside = out / "earlier-001"
+    assert str(aside) in result.stdout
+    moved = contents(aside)
+    assert {"latest.pt", "step_0000006.pt"} <= moved.keys()
+    assert "step_0000004.pt" not in moved
+    assert all(before[n] == data for n, data in moved.items())
+    assert "train.base_lr: 0.0003 in the checkpoint, now 0.01" in result.stderr
+    assert contents(out)["latest.pt"] != before["latest.pt"]
+
+
+def test_a_fresh_run_moves_an_earlier_one_aside_and_nothing_else(train, tmp_path):
+    out = tmp_path / "out"
+    train("--out", out)
+    (out / "mine.pt").write_bytes(b"not a file of this program")
+    (out / "notes.txt").write_text("mine")
+    before = contents(out) | {"metrics.jsonl": (out / "metrics.jsonl").read_bytes()}
+    del before["mine.pt"]
+    result = train("--out", out, "--set", "train.seed=1")
+    assert str(out / "earlier-001") in result.stdout
+    assert {p.name: p.read_bytes() for p in (out / "earlier-001").iterdir()} == before
+    assert (out / "mine.pt").exists()
+    assert (out / "notes.txt").exists()
+
+
+def test_resume_latest_takes_the_newest_good_one_and_says_what_it_skipped(train, tmp_path):
+    out = tmp_path / "out"
+    train("--out", out)
+    whole = contents(out)
+    for name in ("latest.pt", "best.pt", "step_0000006.pt"):
+        data = bytearray(whole[name])
+        data[len(data) // 2] ^= 1
+        (out / name).write_bytes(data)
+    result = train("--resume", "latest", "--out", out)
+    assert result.exit_code == 0, result.stderr
+    assert f"{out / 'latest.pt'}: skipped" in result.stderr
+    assert contents(out) == whole
+
+
+def test_a_checkpoint_of_an_imperative_loop_resumes(train, tmp_path):
+    from niels_gpt import make_state
+    from niels_gpt.config import to_dict
+
+    model_cfg, train_cfg = ModelConfig(**TINY["model"]), TrainConfig(**TINY["train"])
+    model, optimizer = to_modules(make_state(model_cfg, train_cfg))
+    x = torch.zeros(2, 16, dtype=torch.int64)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    payload = {
+        "model_cfg": to_dict(model_cfg),
+        "train_cfg": to_dict(train_cfg),
+        "model_state": model.state_dict(),
+        "optimizer_state": optimizer.state_dict(),
+        "step": 3,
+        "best_val_loss": None,
+    }
+    torch.save(payload, tmp_path / "plain.pt")
+    result = train("--resume", tmp_path / "plain.pt", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "not bit-exact" in result.stderr
+    assert load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")["step"] == 7
+
+
+def test_resuming_on_other_text_is_refused_unless_allowed(train, tmp_path, texts):
+    out, other = tmp_path / "out", tmp_path / "other"
+    train("--out", out, "--set", "train.total_steps=2")
+    other.mkdir()
+    (other / "train.txt").write_text((texts / "wiki" / "train.txt").read_text() + "More.")
+    (other / "val.txt").write_text((texts / "wiki" / "val.txt").read_text())
+    before = contents(out)
+    refused = train("--resume", out / "latest.pt", wiki=other)
+    assert refused.exit_code == 2
+    assert "train/wiki" in refused.stderr
+    assert "--allow-data-change" in refused.stderr
+    assert contents(out) == before
+    allowed = train("--resume", out / "latest.pt", "--allow-data-change", wiki=other)
+    assert allowed.exit_code == 0, allowed.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--set", "model.H=3"], ["H=3", "C=8"]),
+        (["--set", "train.totl_steps=1"], ["totl_steps", "total_steps"]),
+        (["--set", "model.T=true"], ["model.T", "true"]),
+        (["--set", "train.min_lr=1"], ["min_lr", "base_lr"]),
+        (["--set", 'train.p_train={"wiki":0.5}'], ["p_train", "0.5"]),
+        (["--set", "model.T=100000"], ["too short", "100000"]),
+        (["--resume", "missing.pt"], ["missing.pt"]),
+        (["--resume", "latest", "--out", "nowhere"], ["nowhere"]),
+        (["--device", "toaster"], ["toaster"]),
+        (["--wiki", "missing"], ["missing"]),
+        (["--config", "missing.json"], ["missing.json"]),
+        (["--out", "tiny.json"], ["tiny.json"]),
+        (["--unknown"], ["--unknown"]),
+    ],
+)
+def test_what_is_wrong_before_the_first_step_exits_2_with_one_message(train, tmp_path, args, words):
+    (tmp_path / "out").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    result = train(*(["--out", tmp_path / "out"] if "--out" not in args else []), *args)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+    assert [p for p in sorted(tmp_path.rglob("*")) if not p.name.startswith(".")] == before
+
+
+def test_a_model_of_another_shape_is_refused_with_a_line_per_field(train, tmp_path):
+    train("--out", tmp_path / "out", "--set", "train.total_steps=1")
+    result = train("--resume", tmp_path / "out" / "latest.pt", "--set", "model.d_ff=16")
+    assert result.exit_code == 2
+    assert "d_ff" in result.stderr
+    assert "16" in result.stderr
+
+
+def test_a_second_run_in_the_same_folder_is_refused_with_the_pid_of_the_first(train, tmp_path):
+    from niels_gpt.durable import lock_folder
+
+    (tmp_path / "out").mkdir()
+    with lock_folder(tmp_path / "out"):
+        result = train("--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert str(os.getpid()) in result.stderr
+    assert train("--out", tmp_path / "out").exit_code == 0
+
+
+def test_notes_that_are_absent_are_left_out_and_that_is_said(train, tmp_path):
+    result = train("--out", tmp_path / "out", roam=tmp_path / "no-notes")
+    assert result.exit_code == 0, result.stderr
+    assert "roam: left out" in result.stderr
+    sources = load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")["sources"]
+    assert sorted(sources["train"]) == ["primer", "wiki"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_exits_with_its_code_and_the_resume_is_exact(
+    train, config, texts, tmp_path, number
+):
+    train("--out", tmp_path / "whole")
+    command = [sys.executable, "-m", "tests.reliability.signalled", "step", "3", int(number)]
+    command += ["train", "--config", config, "--device", "cpu", "--out", tmp_path / "out"]
+    command += ["--wiki", texts / "wiki", "--roam", texts / "notes"]
+    process = subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "HOME": str(tmp_path)},
+        timeout=120,
+    )
+    err = process.stderr
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err
+    stopped = load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")
+    assert 1 <= stopped["step"] < 7
+    assert train("--resume", tmp_path / "out" / "latest.pt").exit_code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")
+
+
+def test_a_reader_that_goes_away_does_not_end_the_training(config, texts, tmp_path):
+    command = (
+        f"{sys.executable} -m niels_gpt train --config {config} --wiki {texts}/wiki --device cpu "
+        f"--roam {texts}/notes --out {tmp_path}/out | head -n 1; exit ${{PIPESTATUS[0]}}"
+    )
+    result = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("Error") == 0
+    assert load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")["step"] == 7
+
+
+def test_a_full_disk_behind_the_log_does_not_end_the_training(config, texts, tmp_path):
+    command = (
+        f"{sys.executable} -m niels_gpt train --config {config} --wiki {texts}/wiki --device cpu "
+        f"--roam {texts}/notes --out {tmp_path}/out > /dev/full"
+    )
+    result = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")["step"] == 7
+
+
+def test_a_dry_run_writes_nothing(train, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    result = train("--out", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert "parameters" in result.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_command_runs_in_process_and_finds_its_sources_at_call_time(
+    config, tmp_path, monkeypatch
+):
+    text = {"wiki": bytes(range(256))}
+    monkeypatch.setattr(streams, "build_sources", lambda cfg=None: (text, text))
+    monkeypatch.setattr("niels_gpt.paths.CHECKPOINT_DIR", tmp_path / "replaced")
+    result = CliRunner().invoke(main, ["--config", str(config), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "replaced" / "latest.pt").exists()
+
+
+def test_the_same_command_under_all_its_names(config, texts, tmp_path):
+    bin_folder = Path(sys.executable).parent
+    starts = [
+        [sys.executable, "-m", "niels_gpt.train"],
+        [sys.executable, "-m", "niels_gpt", "train"],
+    ]
+    starts += [[str(bin_folder / "train")]] if (bin_folder / "niels-gpt").exists() else []
+    for start in starts:
+        result = subprocess.run([*start, "--help"], capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        assert "--config FILE" in result.stdout
+        assert result.stderr == ""
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared real text is not beside this checkout")
+def test_training_on_real_text_lowers_the_loss(niels, config, tmp_path):
+    where = ["--wiki", SHARED / "wiki", "--roam", SHARED / "notes", "--out", tmp_path / "out"]
+    more = ["train.total_steps=60", "train.eval_every=60", "train.base_lr=0.01", "model.C=16"]
+    sets = [word for change in more for word in ("--set", change)]
+    result = niels("train", "--config", config, "--device", "cpu", *where, *sets)
+    assert result.exit_code == 0, result.stderr
+    losses = [r["loss"] for r in metrics(tmp_path / "out") if r["kind"] == "train"]
+    assert losses[-1] < losses[0] - 1.0

@@ -1,0 +1,27 @@
+"""Checkpoints of small models that were never trained, to be used in tests."""
+
+from pathlib import Path
+
+import torch
+
+from niels_gpt.checkpoint import state_payload, write_checkpoint
+from niels_gpt.config import ModelConfig, TrainConfig
+from niels_gpt.state import TrainState, make_state
+
+SMALL = ModelConfig(T=64, C=12, L=2, H=2, d_ff=16)
+
+
+def lively_state(cfg: ModelConfig = SMALL, seed: int = 0) -> TrainState:
+    """Return parameters large enough that every byte seen matters to the next."""
+    state = make_state(cfg, TrainConfig(seed=seed))
+    generator = torch.Generator().manual_seed(seed)
+    params = {
+        name: p * 20 if p.ndim == 2 else p + 0.3 * torch.randn(p.shape, generator=generator)
+        for name, p in state.params.items()
+    }
+    return state._replace(params=params)
+
+
+def save_lively(path: Path, cfg: ModelConfig = SMALL) -> Path:
+    write_checkpoint([path], state_payload(lively_state(cfg), best_val_loss=None))
+    return path
