@@ -17,7 +17,7 @@ Tree = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]  # ids and the ids that follow them, each int64 (B, T)
 BlockGradients = Callable[[Tree, Batch, Tensor | None, ModelConfig, int], tuple[Tree, Tensor]]
 
-ROW_BLOCK = 1024  # positions differentiated at a time, so that their activations stay in the cache
+ROW_BLOCK = 2048  # positions differentiated at a time, so that their activations stay in the cache
 
 
 def forward(params: Tree, x: Tensor, cfg: ModelConfig, drop: Tensor | None = None) -> Tensor:
