@@ -21,7 +21,7 @@ TOLERANCE = 1e-3  # of the largest element of each gradient; rounding gives abou
 
 def compile_step() -> StepFunction:
     """Return `train_step` with compiled gradients; compilation happens on the first call."""
-    of_block = torch.compile(block_gradients, dynamic=False)
+    of_block = torch.compile(block_gradients, dynamic=False, fullgraph=True)
     return partial(train_step, gradients=partial(gradients, of_block=of_block))
 
 

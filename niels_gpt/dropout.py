@@ -10,13 +10,15 @@ All words are int32 with wrapping arithmetic: MPS has no unsigned 32-bit integer
 """
 
 import math
+import struct
+import sys
 
 import torch
 from torch import Tensor
 
 from niels_gpt.rng import derive_seed
 
-LANE = 1 << 16  # each 32-bit word gives two independent 16-bit draws
+DRAWS = 1 << 31  # values of one draw: a hash word without its lowest bit
 
 
 def sites(L: int) -> int:
@@ -41,8 +43,8 @@ def dropout_keys(seed: int, step: int, rows: range | Tensor, n_sites: int) -> Te
 
 
 def keep_rate(p: float) -> float:
-    """Return the exact probability of keeping an element: 1 - p in steps of 2**-16, not 0."""
-    return 1.0 - _dropped(p) / LANE
+    """Return the exact probability of keeping an element: 1 - p in steps of 2**-31, not 0."""
+    return _kept(p) / DRAWS
 
 
 def keep_mask(key: Tensor, shape: tuple[int, ...], p: float, *, start: int = 0) -> Tensor:
@@ -54,33 +56,54 @@ def keep_mask(key: Tensor, shape: tuple[int, ...], p: float, *, start: int = 0) 
         p: probability of dropping an element, in [0, 1).
         start: the first counter, for a site whose mask is drawn in several pieces.
     """
-    n = math.prod(shape)
-    first = torch.arange(start, start + (n + 1) // 2, dtype=torch.int32, device=key.device)
-    word = _mix(first ^ key[:, :1], key[:, 1:])  # (B, n/2)
-    bar = _dropped(p) * LANE - (1 << 31)
-    lanes = torch.cat((word >= bar, (word << 16) >= bar), dim=1)
-    return lanes[:, :n].reshape(-1, *shape)
+    return scaled_mask(key, shape, p, start=start) != 0
+
+
+def scaled_mask(key: Tensor, shape: tuple[int, ...], p: float, *, start: int = 0) -> Tensor:
+    """Draw what dropout multiplies by: (B, *shape) float32, 1 / keep_rate(p) where it keeps, or 0.
+
+    Arguments as `keep_mask`. The comparison with the rate leaves all bits set or none, and those
+    of the scale remain: integer operations in one buffer, a third of the time of going by bool.
+    """
+    words = _hash(key, start, math.prod(shape))
+    below = (words >> 1).sub_(_kept(p) - DRAWS // 2).bitwise_right_shift_(31)  # -1 keeps, 0 drops
+    return below.bitwise_and_(_bits(1 / keep_rate(p))).view(torch.float32).view(-1, *shape)
 
 
 def dropout(x: Tensor, key: Tensor, p: float, *, start: int = 0) -> Tensor:
     """Zero the dropped elements of x (B, ...) and scale the rest by 1 / keep_rate(p)."""
-    return x * keep_mask(key, tuple(x.shape[1:]), p, start=start) * (1.0 / keep_rate(p))
+    return x * scaled_mask(key, tuple(x.shape[1:]), p, start=start)
 
 
-def _dropped(p: float) -> int:
-    """Count the values of a 16-bit draw that drop an element: at least one keeps it."""
-    return min(round(p * LANE), LANE - 1)
+def _kept(p: float) -> int:
+    """Count the draws that keep an element: at least one does."""
+    return max(1, DRAWS - round(p * DRAWS))
 
 
-def _mix(word: Tensor, key: Tensor | int) -> Tensor:
-    """Hash int32 words: C. Wellons' `lowbias32` finalizer with a key between its two rounds.
+def _hash(key: Tensor, start: int, n: int) -> Tensor:
+    """Hash the counters from `start` under keys (B, 2): (B, n) int32 words.
 
-    Adding the key only at the front would give every key the same words in another order.
+    The multipliers and the second shift are those of C. Wellons' `lowbias32`, with half of the key
+    before and half of it between the two rounds: a key at the front alone would give every key the
+    same words in another order. What `lowbias32` does beside that mends the low bits, which are
+    not used.
     """
+    words = torch.arange(start, start + n, dtype=torch.int32, device=key.device) ^ key[:, :1]
+    words.mul_(0x7FEB352D).bitwise_xor_(key[:, 1:])
+    return words.bitwise_xor_((words >> 15).bitwise_and_(0x1FFFF)).mul_(_int32(0x846CA68B))
+
+
+def _mix(word: Tensor, key: int) -> Tensor:
+    """Hash int32 words in full: `lowbias32` with a key between its two rounds."""
     word = (word ^ ((word >> 16) & 0xFFFF)) * 0x7FEB352D
     word = word ^ key
     word = (word ^ ((word >> 15) & 0x1FFFF)) * _int32(0x846CA68B)
     return word ^ ((word >> 16) & 0xFFFF)
+
+
+def _bits(scale: float) -> int:
+    """Return the bits of a number as float32, read as an integer."""
+    return int.from_bytes(struct.pack("=f", scale), sys.byteorder)
 
 
 def _int32(word: int) -> int:

@@ -11,18 +11,23 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value
 
 from niels_gpt.config import ModelConfig
-from niels_gpt.model.gpt import skeleton
+from niels_gpt.model.gpt import GPT, skeleton
 
 Tree = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]  # ids and the ids that follow them, each int64 (B, T)
-BlockGradients = Callable[[Tree, Batch, Tensor | None, ModelConfig, int], tuple[Tree, Tensor]]
+BlockGradients = Callable[[Tree, Batch, Tensor | None, GPT, int], tuple[Tree, Tensor]]
 
 ROW_BLOCK = 2048  # positions differentiated at a time, so that their activations stay in the cache
 
 
 def forward(params: Tree, x: Tensor, cfg: ModelConfig, drop: Tensor | None = None) -> Tensor:
     """Compute logits (B, T, V) of ids x (B, T); `drop` as in `GPT.forward`, None for no dropout."""
-    logits: Tensor = functional_call(skeleton(cfg), params, (x,), {"drop": drop}, strict=True)
+    return logits_of(skeleton(cfg), params, x, drop)
+
+
+def logits_of(model: GPT, params: Tree, x: Tensor, drop: Tensor | None = None) -> Tensor:
+    """Compute logits (B, T, V) with a module whose own parameters stand aside."""
+    logits: Tensor = functional_call(model, params, (x,), {"drop": drop}, strict=True)
     return logits
 
 
@@ -64,16 +69,18 @@ def gradients(
     """
     of_block = of_block or block_gradients
     B = len(batch[0])
-    return reduce(_add, (of_block(params, *b, cfg, B) for b in row_blocks(batch, drop)))
+    model = skeleton(cfg)
+    return reduce(_add, (of_block(params, *b, model, B) for b in row_blocks(batch, drop)))
 
 
 def block_gradients(
-    params: Tree, block: Batch, keys: Tensor | None, cfg: ModelConfig, B: int
+    params: Tree, block: Batch, keys: Tensor | None, model: GPT, B: int
 ) -> tuple[Tree, Tensor]:
     """Return a block's share of the gradient and of the mean loss of a batch of B rows."""
 
     def share_of_loss(params: Tree) -> Tensor:
-        nats = loss(params, block, cfg, keys)
+        x, y = block
+        nats = cross_entropy(logits_of(model, params, x, keys), y)
         # a tensor, since the tangent of a scalar times a number is float64, which MPS lacks
         return nats * nats.new_full((), len(block[0]) / B)
 

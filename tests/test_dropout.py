@@ -46,7 +46,7 @@ KEYS = [
     [[612721865, -772790556], [1939477905, 990304438]],
     [[388768151, -1500878465], [1342586617, -1939647552]],
 ]
-MASK = "19ca32be043c0ca2"
+MASK = "dbe0b11cf7d16d20"
 
 
 @given(seeds, steps, st.integers(0, 20), st.integers(0, 20), st.integers(1, 15))
@@ -100,17 +100,9 @@ def test_a_row_has_its_mask_whatever_the_rest_of_the_batch(seed, B, shape, p):
 
 
 @given(seeds, st.integers(0, 40), st.integers(1, 40), rates)
-def test_pieces_draw_the_words_of_the_whole(seed, start, n_words, p):
-    """Word i gives elements i and i + half, so a piece's halves lie in the halves of the whole."""
-    one, half = key(seed), start + n_words
-    whole = keep_mask(one, (2, half), p)
-    piece = keep_mask(one, (2, n_words), p, start=start)
-    assert torch.equal(piece, whole[:, :, start:])
-
-
-@given(seeds, st.integers(1, 99), rates)
-def test_an_odd_number_of_elements_leaves_the_last_draw_out(seed, n, p):
-    assert torch.equal(keep_mask(key(seed), (n,), p), keep_mask(key(seed), (n + n % 2,), p)[:, :n])
+def test_a_piece_draws_what_the_whole_has_there(seed, start, n, p):
+    whole = keep_mask(key(seed), (start + n,), p)
+    assert torch.equal(keep_mask(key(seed), (n,), p, start=start), whole[:, start:])
 
 
 @given(seeds, rates, rates)
@@ -120,20 +112,22 @@ def test_a_higher_rate_drops_more(seed, p, q):
 
 
 @given(rates)
-def test_the_rate_is_the_nearest_of_65536(p):
+def test_the_rate_is_the_nearest_of_its_steps(p):
     assert 0 < keep_rate(p) <= 1
-    assert abs(keep_rate(p) - (1 - p)) <= 2.0**-17 + (p > 1 - 2**-17) * 2.0**-16
-    assert keep_rate(p) * 65536 == round(keep_rate(p) * 65536)
+    assert abs(keep_rate(p) - (1 - p)) <= 2.0**-32 + (p > 1 - 2**-32) * 2.0**-31
+    assert keep_rate(p) * 2**31 == round(keep_rate(p) * 2**31)
 
 
-@pytest.mark.parametrize("p", [0, 1e-9, 0.1, 0.25, 0.5, 0.9, 1 - 2**-16, 1 - 1e-9])
+@pytest.mark.parametrize("p", [0, 1e-9, 0.1, 0.25, 0.5, 0.9, 1 - 2**-31, 1 - 1e-9])
 def test_the_rate_is_exact_over_all_draws(p, monkeypatch):
-    """With every 16-bit value once in each half of a word, the mean of the mask is the rate."""
-    low = torch.arange(65536, dtype=torch.int32)
-    every_draw = (low << 16 | low.flip(0))[None]
-    monkeypatch.setattr(dropout, "_mix", lambda word, key: every_draw)
-    mask = keep_mask(torch.zeros(1, 2, dtype=torch.int32), (2, 65536), p)
-    assert mask.sum(-1).tolist() == [[keep_rate(p) * 65536] * 2]
+    """In order of size, the draws that keep are the lowest `keep_rate` of all 2**31."""
+    kept = round(keep_rate(p) * 2**31)
+    draws = [-(2**30), kept - 2**30 - 1, min(kept - 2**30, 2**30 - 1), 2**30 - 1]
+    words = torch.tensor([[2 * d + low for d in draws for low in (0, 1)]], dtype=torch.int32)
+    monkeypatch.setattr(dropout, "_hash", lambda key, start, n: words)
+    mask = keep_mask(torch.zeros(1, 2, dtype=torch.int32), (8,), p)
+    every = kept == 2**31
+    assert mask.tolist() == [[True] * 4 + [every] * 4]
 
 
 @given(seeds, rates, shapes)

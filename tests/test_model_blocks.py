@@ -93,11 +93,11 @@ def test_no_two_blocks_of_queries_share_a_draw(T, monkeypatch):
     drawn = []
 
     def spy(key, shape, p, *, start=0):
-        drawn.append(range(start, start + (math.prod(shape) + 1) // 2))
-        return keep_mask(key, shape, p, start=start)
+        drawn.append(range(start, start + math.prod(shape)))
+        return scaled_mask(key, shape, p, start=start)
 
-    keep_mask = dropout.keep_mask
-    monkeypatch.setattr(dropout, "keep_mask", spy)
+    scaled_mask = dropout.scaled_mask
+    monkeypatch.setattr(dropout, "scaled_mask", spy)
     attention()(normal(1, T, CFG.C), drop=row_keys(1)[:, 0])
     assert len(drawn) == math.ceil(T / 64)
     assert all(a.stop <= b.start for a, b in itertools.pairwise(drawn))

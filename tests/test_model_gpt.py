@@ -187,10 +187,10 @@ def test_a_model_uses_each_of_its_sites_once(monkeypatch):
 
     def spy(key, shape, p, *, start=0):
         seen.append(tuple(key.flatten().tolist()))
-        return keep_mask(key, shape, p, start=start)
+        return scaled_mask(key, shape, p, start=start)
 
-    keep_mask = dropout.keep_mask
-    monkeypatch.setattr(dropout, "keep_mask", spy)
+    scaled_mask = dropout.scaled_mask
+    monkeypatch.setattr(dropout, "scaled_mask", spy)
     drop = dropout.dropout_keys(5, 0, range(1), dropout.sites(SMALL.L))
     GPT(SMALL)(random_ids(1, 12), drop=drop)
     assert seen == [tuple(key.tolist()) for key in drop[0]]

@@ -76,7 +76,7 @@ class CausalSelfAttention(nn.Module):
         D = C // self.H
         t = 0 if past is None else past.k.shape[-2]
         q, k, v = (
-            part.unflatten(-1, (self.H, D)).transpose(-3, -2)  # (B, H, T, D)
+            part.unflatten(-1, (self.H, D)).transpose(-3, -2).contiguous()  # (B, H, T, D)
             for part in self.qkv(x).chunk(3, dim=-1)
         )
         if tables is None:
@@ -86,17 +86,17 @@ class CausalSelfAttention(nn.Module):
         q, k = rope.apply_rope(q, k, *tables)
         if past is not None:
             k, v = torch.cat((past.k, k), dim=-2), torch.cat((past.v, v), dim=-2)
-        q = q * D**-0.5
+        queries = (q * D**-0.5).split(Q_BLOCK, dim=-2)
+        stops = tuple(t + min(stop, T) for stop in range(Q_BLOCK, T + Q_BLOCK, Q_BLOCK))
         rows: list[Tensor] = []
         attn: list[Tensor] = []
-        for start in range(0, T, Q_BLOCK):
-            stop = min(start + Q_BLOCK, T)
-            seen = t + stop
-            p = _causal_softmax(q[..., start:stop, :] @ k[..., :seen, :].mT)  # (B, H, block, seen)
+        first = 0
+        for q, seen_k, seen_v in zip(queries, prefixes(k, stops), prefixes(v, stops), strict=True):
+            p = _causal_softmax(q, seen_k)  # (B, H, block, seen)
             if return_attn:
-                attn.append(F.pad(p, (0, T - stop)))
-            first = start * self.H * (t + T) // 2
-            rows.append(_drop(p, drop, self.p, self.training, first) @ v[..., :seen, :])
+                attn.append(F.pad(p, (0, t + T - p.shape[-1])))
+            rows.append(_drop(p, drop, self.p, self.training, first) @ seen_v)
+            first += p[0].numel()
         y = self.proj(torch.cat(rows, dim=-2).transpose(-3, -2).flatten(-2))
         extras = (torch.cat(attn, dim=-2),) if return_attn else ()
         if past is not None:
@@ -110,14 +110,52 @@ def _drop(x: Tensor, key: Tensor | None, p: float, training: bool, start: int = 
     return F.dropout(x, p) if training else x
 
 
-def _causal_softmax(scores: Tensor) -> Tensor:
-    """Normalise the last queries' scores (..., n, m) over the keys up to each query."""
-    n, m = scores.shape[-2:]
-    if n == 1:
-        return scores.softmax(-1)
-    position = torch.arange(m, device=scores.device)
-    future = position > position[m - n :, None]  # (n, m)
-    return scores.masked_fill(future, float("-inf")).softmax(-1)
+def _causal_softmax(q: Tensor, k: Tensor) -> Tensor:
+    """Normalise the scores of the last n positions' queries over the m keys up to each of them.
+
+    q (B, H, n, D) is scaled already, k is (B, H, m, D); returns (B, H, n, m).
+    """
+    n, m = q.shape[-2], k.shape[-2]
+    future = torch.full((n, n), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    bias = F.pad(future, (m - n, 0))  # (n, m)
+    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT)
+    return scores.softmax(-1).unflatten(0, q.shape[:2])
+
+
+class _Prefixes(torch.autograd.Function):
+    """See `prefixes`. Linear, so that its tangents are prefixes too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, stops: tuple[int, ...]) -> tuple[Tensor, ...]:
+        return tuple(x[..., :stop, :] for stop in stops)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.stops = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[-1].clone()  # the last prefix is all of x
+        for grad in grads[:-1]:
+            total[..., : grad.shape[-2], :].add_(grad)
+        return total, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, ...]:
+        return tuple(tangent[..., :stop, :] for stop in ctx.stops)
+
+
+def prefixes(x: Tensor, stops: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Return the first positions of x (..., T, D) up to each stop, the last of which is T.
+
+    The gradients of plain slices would each be padded to all of x with zeros and then added up;
+    a compiler sees to that itself, and takes no function with a tangent of its own.
+    """
+    if torch.compiler.is_compiling():
+        return tuple(x[..., :stop, :] for stop in stops)
+    return _Prefixes.apply(x, stops)
 
 
 class MLP(nn.Module):
