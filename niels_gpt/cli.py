@@ -1,12 +1,17 @@
 """The `niels-gpt` command: a group of thin commands, each imported when it is needed."""
 
+import errno
+import io
 import platform
+import sys
 import warnings
 from importlib import import_module
+from typing import Any
 
 import click
 
 from niels_gpt import __version__
+from niels_gpt.failures import describe
 
 COMMANDS = {
     "train": "niels_gpt.train:main",
@@ -38,6 +43,16 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(import_module(module), attribute)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; where its output cannot be written (a full disk), say so with code 1."""
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # `| head`, which click knows
+                raise
+            click.echo(f"error: {describe(error)}", err=True)
+            ctx.exit(1)
+
 
 def _show_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
     """Print the versions and the device that decide what a run computes."""
@@ -68,6 +83,8 @@ def _show_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> N
 def main() -> None:
     """Train a small byte-level GPT on your own text, and use it."""
     _silence_missing_numpy()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # file names need not be text, nor stdout UTF-8
 
 
 def _silence_missing_numpy() -> None:

@@ -77,6 +77,8 @@ def evaluate_checkpoint(
         stride = default_stride(state.model_cfg.T) if method.stride is None else method.stride
         method = method._replace(stride=stride)
     text = open_text(state)
+    if isinstance(method, Sampled):
+        _check_lengths(text, state.model_cfg.T)
     scores = {
         name: score(_told(windows(state, stream, method), name, total, on_progress))
         for name, stream in text.streams.items()
@@ -142,14 +144,21 @@ def open_file(path: Path) -> Text:
 
 
 def open_validation(
-    where: StreamBuildConfig, names: Iterable[str], model_T: int, seed: int
+    where: StreamBuildConfig,
+    names: Iterable[str],
+    model_T: int,
+    seed: int,
+    given: Iterable[str] = (),
 ) -> Text:
     """Return the validation streams of the named sources, or of all that there are.
 
     They are split as a training with this seed splits them.
 
+    Args:
+        given: sources whose place the user named, so that it is no accident if they are absent.
+
     Raises:
-        RuntimeError, ValueError: if a named source cannot be built.
+        RuntimeError, ValueError: if a source that is named or given cannot be built.
     """
     names = tuple(dict.fromkeys(names))
     cfg = replace(
@@ -161,8 +170,20 @@ def open_validation(
         wiki_fallback=True,
     )
     _, val = streams.build_sources(cfg)
+    for name in given:
+        if name in val.missing:
+            raise RuntimeError(f"source {name!r} cannot be built: {val.missing[name]}")
     missing = [f"{name}: left out ({why})" for name, why in val.missing.items()]
     return Text(val, streams.describe_sources(val), val.notes + missing)
+
+
+def _check_lengths(text: Text, T: int) -> None:
+    for name, stream in text.streams.items():
+        if len(stream) <= T:
+            raise ValueError(
+                f"{text.infos[name].place or name}: {len(stream)} bytes, shorter than T+1={T + 1}, "
+                "the length of a sample; --full scores every byte of it"
+            )
 
 
 def changed_texts(payload: Mapping[str, Any], infos: Mapping[str, SourceInfo]) -> list[str]:

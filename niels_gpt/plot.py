@@ -6,6 +6,7 @@ Reading and tables need the standard library alone; `draw` needs the extra `plot
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -72,11 +73,24 @@ def read_curves(path: Path, x: str = "steps", label: str | None = None) -> Curve
 
 
 def curves(records: Iterable[Record], x: str, label: str, *, where: str = "the log") -> Curves:
-    """Sort records into series; ValueError where one lacks the field that `x` is read from."""
+    """Sort records into series.
+
+    Raises:
+        ValueError: if a record lacks the field that `x` is read from, or has no number in one.
+    """
     axis = X_AXES[x]
     records = list(records)
     if lacking := [r for r in records if axis.field not in r]:
         raise ValueError(f"{where}: step {lacking[0]['step']} has no {axis.field!r}, for --x {x}")
+
+    if wrong := [
+        (r["step"], field, r[field])
+        for r in records
+        for field in (axis.field, "loss", "lr", "val_wiki_loss")
+        if field in r and not isinstance(r[field], int | float)
+    ]:
+        step, field, value = wrong[0]
+        raise ValueError(f"{where}: step {step} has {field!r}: {value!r}, which is no number")
 
     def points(kind: str, field: str) -> Points:
         return [
@@ -171,7 +185,8 @@ def save_figure(draw: Callable[[], Figure], paths: Iterable[Path]) -> None:
 
     paths = list(paths)
     check_paths(paths)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in letters the font lacks
         figure = draw()
         for path in paths:
             metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
@@ -205,13 +220,18 @@ def draw(runs: Sequence[Curves], x: str) -> Figure:
         upper.plot(
             *_xy(run.train), color=colour, alpha=0.45, lw=1.2, label="" if several else "training"
         )
-        name = run.label if several else "validation (wiki)"
+        name = _legend_text(run.label) if several else "validation (wiki)"
         upper.plot(*_xy(run.val), color=colour, lw=2, marker=marker, ms=5, label=name)
         dashes = (6, 2 * number) if number else ()  # equal rates stay visible
         lower.plot(*_xy(run.lr), color=colour, lw=1.5, dashes=dashes)
-    upper.legend(loc="upper right", title="validation (wiki); thin: training" if several else None)
+    upper.legend(loc="best", title="validation (wiki); thin: training" if several else None)
     _label_axes(upper, lower, X_AXES[x].label)
     return figure
+
+
+def _legend_text(label: str) -> str:
+    """Keep matplotlib from hiding a label that begins with _, and from reading $ as mathematics."""
+    return (" " + label if label.startswith("_") else label).replace("$", r"\$")
 
 
 def _label_axes(upper: Axes, lower: Axes, x_label: str) -> None:

@@ -291,7 +291,8 @@ def _build_roam(cfg: StreamBuildConfig, notes: list[str]) -> tuple[Built, Built]
     root = Path(os.path.abspath(cfg.roam_root))
     found, skipped = scan_notes(root)
     if not found:
-        raise Unavailable(f"no notes (*.md) under {root}")
+        no_folder = "" if root.is_dir() else ", which is no folder"
+        raise Unavailable(f"no notes (*.md) under {root}{no_folder}")
     if lost := [s for s in skipped if s.reason not in SKIPPED_BY_DESIGN]:
         notes.append(f"roam: {len(lost)} left out, the first {lost[0].path}: {lost[0].reason}")
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from niels_gpt import paths, streams
 from niels_gpt.data import cache
-from niels_gpt.data.roam import scan_notes, split_roam_paths
+from niels_gpt.data.roam import other_files, scan_notes, split_roam_paths
 from niels_gpt.streams import SourceInfo, StreamBuildConfig
 
 CACHED, STALE, UNCACHED = "cached", "cached from other input", "not cached"
@@ -53,12 +53,14 @@ def survey(cfg: StreamBuildConfig) -> list[Source]:
 def _look(name: str, cfg: StreamBuildConfig) -> Source:
     found, skipped = _notes_of(name, cfg)
     left_out = [LeftOut(str(s.path), s.reason) for s in skipped]
+    others = _others(cfg) if name == "roam" else []
     try:
         train, val = streams.build_sources(cfg)
     except (ValueError, RuntimeError, OSError) as error:
         return Source(name, str(error), "", "", None, {}, left_out, [], [])
     if name not in train:
-        return Source(name, train.missing[name], "", "", None, {}, left_out, [], train.notes)
+        problem = train.missing[name]
+        return Source(name, problem, "", "", None, {}, left_out, [], train.notes + others)
     documents = _documents(name, cfg, found, {"train": train, "val": val})
     splits = {
         split: _split(cfg, name, split, streams.describe_sources(sources)[name], documents)
@@ -75,7 +77,7 @@ def _look(name: str, cfg: StreamBuildConfig) -> Source:
         splits=splits,
         left_out=left_out,
         altered=altered(found),
-        notes=train.notes,
+        notes=train.notes + others,
     )
 
 
@@ -114,6 +116,13 @@ def _notes_of(name: str, cfg: StreamBuildConfig) -> tuple[list[Path], list[Any]]
     return (
         scan_notes(cfg.roam_root) if name == "roam" and Path(cfg.roam_root).exists() else ([], [])
     )
+
+
+def _others(cfg: StreamBuildConfig) -> list[str]:
+    """Say what else lies among the notes, so that nobody misses a text of another suffix."""
+    counts = other_files(cfg.roam_root)
+    kinds = ", ".join(f"{n} {suffix}" for suffix, n in counts.most_common(8))
+    return [f"roam: only *.md is read, not {kinds}"] if counts else []
 
 
 def _documents(

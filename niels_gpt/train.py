@@ -11,14 +11,19 @@ import click
 _STEP_FUNCTIONS = ("evaluate", "make_state", "train_step")
 
 _FOLDER = click.Path(path_type=Path)
+_NAME = click.Path()  # a str: a word may stand for a file; the type completes file names
 
 
 @click.command(
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     epilog="Example: train --config configs/smoke.json --roam ~/notes --out checkpoints/first",
 )
-@click.option("--config", required=True, metavar="FILE", help="JSON config, or a bare name.")
-@click.option("--resume", metavar="PATH", help="Checkpoint to go on from, or the word `latest`.")
+@click.option(
+    "--config", type=_NAME, required=True, metavar="FILE", help="JSON config, or a bare name."
+)
+@click.option(
+    "--resume", type=_NAME, metavar="PATH", help="Checkpoint to go on from, or the word `latest`."
+)
 @click.option("--device", metavar="NAME", help="cpu, mps or cuda; by default mps where it is.")
 @click.option("--out", type=_FOLDER, metavar="DIR", help="Output folder (default checkpoints/).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")

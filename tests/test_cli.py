@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -46,6 +47,30 @@ def test_the_group_lists_every_command(niels):
     assert listed == list(COMMANDS)
 
 
+def test_what_stdout_cannot_write_is_no_traceback(niels_process, tmp_path):
+    name = "\N{SEEDLING}.json"
+    (tmp_path / name).write_text("{}")
+    odd = niels_process("config", "show", "--config", name, "--set", "train.B=2")
+    plain = niels_process(
+        "config", "show", "--config", name, "--json", PYTHONIOENCODING="ascii", PYTHONUTF8="0"
+    )
+    assert (odd.returncode, plain.returncode) == (0, 0), plain.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full: Linux")
+def test_a_full_disk_is_one_message_and_code_1():
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "niels_gpt", "config", "show"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+
+
 def test_an_unknown_command_is_told(niels):
     result = niels("trian")
     assert result.exit_code == 2
@@ -58,6 +83,7 @@ def test_an_unknown_command_is_told(niels):
         ("niels-gpt ", list(COMMANDS)),
         ("niels-gpt ch", ["chat", "checkpoint"]),
         ("niels-gpt checkpoint ", ["info", "verify", "diff", "export"]),
+        ("niels-gpt train --config ", [""]),  # "file," lets the shell complete file names
         ("niels-gpt plot --x ", ["steps", "bytes", "hours"]),
     ],
 )

@@ -148,7 +148,19 @@ def test_info_goes_on_where_a_source_cannot_be_used(niels, root, texts, tmp_path
     assert found["roam"]["problem"] is None
     text = niels("data", "info", "--wiki", tmp_path / "absent").stdout
     assert "wiki    not there: " in text
-    assert f"roam    not there: no notes (*.md) under {paths.ROAM_DIR}" in text
+    assert f"roam    not there: no notes (*.md) under {paths.ROAM_DIR}, which is no folder" in text
+
+
+@pytest.mark.parametrize("with_note", [True, False])
+def test_text_of_another_suffix_is_not_passed_over_in_silence(niels, where, tmp_path, with_note):
+    notes = tmp_path / "vault"
+    (notes / ".obsidian").mkdir(parents=True)
+    for name in ("a.org", "b.org", "picture.png", ".DS_Store", ".obsidian/app.json"):
+        (notes / name).write_text("text")
+    if with_note:
+        (notes / "c.md").write_text("text\n" * 100)
+    lines = niels("data", "info", *where[:2], "--roam", notes).stdout.splitlines()
+    assert "  note: roam: only *.md is read, not 2 .org, 1 .png" in lines
 
 
 def test_info_fetches_nothing(niels, root, monkeypatch):
@@ -181,6 +193,16 @@ def test_build_caches_what_a_training_takes(niels, where, root, texts):
         f"{name}_{split}.bin": stream
         for split, sources in (("train", train), ("val", val))
         for name, stream in sources.items()
+    }
+
+
+def test_build_has_whole_digests_as_json(niels, where, texts):
+    found = json.loads(niels("data", "build", "--json", *where).stdout)
+    cfg = StreamBuildConfig(wiki_root=texts / "wiki", roam_root=texts / "notes")
+    known = [streams.describe_sources(sources) for sources in build_sources(cfg)]
+    assert found == {
+        split: {name: info._asdict() for name, info in infos.items()}
+        for split, infos in zip(("train", "val"), known, strict=True)
     }
 
 

@@ -85,14 +85,18 @@ def test_text_that_the_training_did_not_evaluate_on_is_told(niels, evaluation, w
     json.loads(result.stdout)
 
 
-def test_absent_sources_are_left_out_unless_named(niels, evaluation, texts, tmp_path):
-    where = "--wiki", texts / "wiki", "--roam", tmp_path / "absent"
+def test_absent_sources_are_left_out_unless_named(niels, evaluation, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "ROAM_DIR", tmp_path / "absent")
+    where = "--wiki", texts / "wiki"
     result = niels("evaluate", "--ckpt", "m.pt", "--device", "cpu", *where)
     assert result.exit_code == 0
     assert "note: roam: left out (no notes" in result.stderr
     named = niels("evaluate", "--ckpt", "m.pt", "--device", "cpu", *where, "--source", "roam")
     assert named.exit_code == 2
     assert "'roam' cannot be built" in named.stderr
+    given = niels("evaluate", "--ckpt", "m.pt", "--device", "cpu", *where, "--roam", "mistyped")
+    assert (given.exit_code, given.stdout) == (2, "")
+    assert "mistyped, which is no folder" in given.stderr
 
 
 @pytest.mark.parametrize(
@@ -103,7 +107,7 @@ def test_absent_sources_are_left_out_unless_named(niels, evaluation, texts, tmp_
         (["--text", "a", "--source", "wiki"], "scored alone"),
         (["--full", "--stride", "17", "--text", "a"], "stride=17 has to be from 1 to T=16"),
         (["--full", "--stride", "0", "--text", "a"], "stride=0 has to be"),
-        (["--text", "a"], "shorter than T+1=17"),
+        (["--text", "a"], "a: 5 bytes, shorter than T+1=17, the length of a sample; --full"),
         (["--text", "empty"], "empty: the file is empty"),
         (["--text", "absent"], "absent"),
         (["--steps", "0", "--text", "a"], "eval_steps=0"),

@@ -36,6 +36,7 @@ def test_what_is_left_out_is_listed_with_its_reason(tmp_path):
     kept = [write(root, "logseq/config.md"), write(root, "x/bak/fine.md"), write(root, "note.md")]
     for name in [".obsidian/x.md", "a/.trash/x.md", "logseq/bak/x.md", "._note.md"]:
         write(root, name)
+    write(root, "logseq/version-files/base/x.md")
     write(tmp_path, "elsewhere/linked.md")
     (root / "loop").symlink_to(root)
     (root / "out").symlink_to(tmp_path / "elsewhere")
@@ -50,6 +51,7 @@ def test_what_is_left_out_is_listed_with_its_reason(tmp_path):
         "a/.trash": "hidden",
         "._note.md": "hidden",
         "logseq/bak": "Logseq's backups",
+        "logseq/version-files": "Logseq's backups",
         "loop": "link to a folder",
         "out": "link to a folder",
         "gone.md": "No such file or directory",

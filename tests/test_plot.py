@@ -107,6 +107,14 @@ def test_a_log_without_records_is_told(niels, tmp_path, content, message):
     assert "absent.jsonl: no such file" in missing.stderr
 
 
+@pytest.mark.parametrize("field", ["bytes", "loss", "lr"])
+def test_a_log_with_something_else_than_numbers_is_refused(niels, log, field):
+    path = log("a", [{**RECORDS[0], field: "many"}])
+    result = niels("plot", path, "--x", "bytes", "--table")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"{path}: step 1 has {field!r}: 'many', which is no number" in result.stderr
+
+
 def test_json_is_the_numbers(niels, log):
     result = niels("plot", log("a", RECORDS), log("b", RECORDS[:1]), "--json")
     assert result.exit_code == 0
@@ -197,6 +205,15 @@ def test_the_picture_says_what_it_shows_and_nothing_overlaps(n):
     boxes = [t.get_window_extent() for t in texts] + [upper.get_legend().get_window_extent()]
     assert not overlaps(boxes)
     assert all(figure.bbox.containsx(b.x0) and figure.bbox.containsx(b.x1) for b in boxes)
+
+
+@pytest.mark.usefixtures("needs_matplotlib")
+def test_names_of_folders_are_shown_as_they_are(tmp_path):
+    names = ("_old", "a$b$c", "\N{CJK UNIFIED IDEOGRAPH-65E5}")
+    named = [run._replace(label=name) for run, name in zip(runs(3), names, strict=True)]
+    legend = plot.draw(named, "steps").axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [" _old", r"a\$b\$c", names[2]]
+    plot.save(named, "steps", [tmp_path / "loss.png"])  # warnings are errors here
 
 
 @pytest.mark.usefixtures("needs_matplotlib")

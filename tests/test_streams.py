@@ -565,7 +565,8 @@ def test_a_run_goes_without_notes_and_says_so(home):
     cfg = config(home, roam_root=home / "none")
     train, _ = build_train_val_sources(MODEL, TrainConfig(), build_cfg=cfg)
     assert train.keys() == {"wiki", "primer"}
-    assert train.missing == {"roam": f"no notes (*.md) under {home / 'none'}"}
+    why = f"no notes (*.md) under {home / 'none'}, which is no folder"
+    assert train.missing == {"roam": why}
     p = renormalise(TrainConfig().p_train, train)
     assert p == pytest.approx({"wiki": 0.784 / 0.804, "primer": 0.02 / 0.804})
 

@@ -12,11 +12,12 @@ import click
 from niels_gpt.commands.options import HELP, PATH
 from niels_gpt.commands.report import print_json
 from niels_gpt.failures import exit_on_failure
+from niels_gpt.terminal import write
 
 if TYPE_CHECKING:
     from niels_gpt.examine import Comparison, Verdict
 
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group(context_settings=HELP)
@@ -39,7 +40,7 @@ def info(path: Path, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        click.echo("\n".join(_info_lines(found)))
+        write("\n".join(_info_lines(found)) + "\n")
 
 
 @main.command(epilog="Example: niels-gpt checkpoint verify checkpoints/")
@@ -58,14 +59,16 @@ def verify(paths: tuple[Path, ...], as_json: bool) -> None:
     if as_json:
         print_json([{**v._asdict(), "path": str(v.path)} for v in verdicts])
     else:
-        click.echo("\n".join(map(_verdict_line, verdicts)))
+        write("\n".join(map(_verdict_line, verdicts)) + "\n")
     sys.exit(1 if any(v.problem for v in verdicts) else 0)
 
 
 @main.command(epilog="Example: niels-gpt checkpoint diff checkpoints/best.pt checkpoints/latest.pt")
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
-@click.option("-n", "n", default=10, show_default=True, help="Parameters to show.")
+@click.option(
+    "-n", "n", type=click.IntRange(0), default=10, show_default=True, help="Parameters to show."
+)
 @_JSON
 def diff(a: Path, b: Path, n: int, as_json: bool) -> None:
     """Show how checkpoint B differs from A.
@@ -79,7 +82,7 @@ def diff(a: Path, b: Path, n: int, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        click.echo("\n".join(_diff_lines(found, n)))
+        write("\n".join(_diff_lines(found, n)) + "\n")
 
 
 @main.command(epilog="Example: niels-gpt checkpoint export checkpoints/best.pt model.safetensors")

@@ -2,7 +2,7 @@
 
 import click
 
-from niels_gpt.commands.options import HELP
+from niels_gpt.commands.options import CONFIG, HELP
 from niels_gpt.commands.report import print_json
 from niels_gpt.config import find_config
 from niels_gpt.failures import exit_on_failure
@@ -17,7 +17,12 @@ def main() -> None:
 @main.command(
     epilog="Example: niels-gpt config show --config smoke --set train.B=16",
 )
-@click.option("--config", metavar="FILE", help="JSON config, or a bare name (the defaults alone).")
+@click.option(
+    "--config",
+    type=CONFIG,
+    metavar="FILE",
+    help="JSON config, or a bare name (the defaults alone).",
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(config: str | None, overrides: tuple[str, ...], as_json: bool) -> None:

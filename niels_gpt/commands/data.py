@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from niels_gpt.commands.options import HELP, Command, source_options
+from niels_gpt.commands.options import CONFIG, HELP, Command, source_options
 from niels_gpt.commands.report import print_json
 from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_from_json
 from niels_gpt.failures import exit_on_failure
+from niels_gpt.terminal import write
 
 if TYPE_CHECKING:
     from niels_gpt.streams import Sources, StreamBuildConfig
@@ -20,12 +21,15 @@ if TYPE_CHECKING:
 
 SHOWN = 20  # lines of a list
 
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def _config_option(command: Command) -> Command:
     return click.option(
-        "--config", metavar="FILE", help="Take seed, T and shares from it (the defaults)."
+        "--config",
+        type=CONFIG,
+        metavar="FILE",
+        help="Take seed, T and shares from it (the defaults).",
     )(command)
 
 
@@ -53,15 +57,21 @@ def info(
     if as_json:
         print_json(found)
     else:
-        click.echo("\n".join(line for source in found for line in _source_lines(source)))
+        write("".join(f"{line}\n" for source in found for line in _source_lines(source)))
 
 
 @main.command(epilog="Example: niels-gpt data build --roam ~/notes")
 @_config_option
 @source_options
 @click.option("--rebuild", is_flag=True, help="Build anew what is in the cache already.")
+@_JSON
 def build(
-    config: str | None, wiki: Path | None, roam: Path | None, primer: Path | None, rebuild: bool
+    config: str | None,
+    wiki: Path | None,
+    roam: Path | None,
+    primer: Path | None,
+    rebuild: bool,
+    as_json: bool,
 ) -> None:
     """Build the streams ahead of a training.
 
@@ -79,11 +89,12 @@ def build(
             )
         )
     _tell([*train.notes, *(f"{name}: left out ({why})" for name, why in train.missing.items())])
-    _show_streams(train, val)
+    _show_streams(train, val, as_json)
 
 
 @main.command(epilog="Example: niels-gpt data fetch")
-def fetch() -> None:
+@_JSON
+def fetch(as_json: bool) -> None:
     """Get WikiText-103 into the cache.
 
     From then on no network is needed. Takes the extra `wiki`. What was downloaded before an
@@ -94,7 +105,7 @@ def fetch() -> None:
 
         train, val = fetch_wikitext()
     _tell(train.notes)
-    _show_streams(train, val)
+    _show_streams(train, val, as_json)
 
 
 @main.command(epilog="Example: niels-gpt data sample --config smoke --roam ~/notes -n 3")
@@ -130,7 +141,7 @@ def sample(
         return
     for row in rows:
         click.echo(f"--- step {step}, row {row.row}: {row.source} from byte {row.start:,} ---")
-        click.echo(row.text)
+        write(row.text + "\n")
 
 
 def _where(
@@ -155,11 +166,15 @@ def _tell(notes: Iterable[str]) -> None:
         click.echo(f"note: {note}", err=True)
 
 
-def _show_streams(train: Sources, val: Sources) -> None:
+def _show_streams(train: Sources, val: Sources, as_json: bool) -> None:
     from niels_gpt.streams import describe_sources
 
-    for split, sources in (("train", train), ("val", val)):
-        for name, i in describe_sources(sources).items():
+    found = {split: describe_sources(s) for split, s in (("train", train), ("val", val))}
+    if as_json:
+        print_json(found)
+        return
+    for split, infos in found.items():
+        for name, i in infos.items():
             click.echo(
                 f"{f'{split}/{name}':<14}{i.origin}, {i.nbytes:,} bytes, sha256 {i.sha256[:12]}"
             )

@@ -55,11 +55,13 @@ def main(
     standard error. By default on the random windows that the training evaluated on. With --full
     every byte is scored once, and the figure depends on text, model and stride alone.
     """
+    places = {"wiki": wiki, "roam": roam, "primer": primer}
+    given = [name for name, place in places.items() if place is not None]
     if not full and (stride, rows) != (None, None):
         raise click.UsageError("--stride and --rows go with --full")
     if full and (seed, steps) != (None, None):
         raise click.UsageError("--seed and --steps are about samples, and --full takes none")
-    if text is not None and (names or wiki or roam or primer):
+    if text is not None and (names or given):
         raise click.UsageError("--text FILE is scored alone, without sources")
     with exit_on_failure(2):
         from niels_gpt import evaluation
@@ -70,7 +72,11 @@ def main(
             ckpt,
             lambda state: (
                 evaluation.open_validation(
-                    locate(wiki, roam, primer), names, state.model_cfg.T, state.train_cfg.seed
+                    locate(wiki, roam, primer),
+                    names,
+                    state.model_cfg.T,
+                    state.train_cfg.seed,
+                    given,
                 )
                 if text is None
                 else evaluation.open_file(text)

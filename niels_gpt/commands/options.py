@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 PATH = click.Path(path_type=Path)
+CONFIG = click.Path()  # a str: a bare name means a config too; the type completes file names
 HELP = {"help_option_names": ["-h", "--help"]}
 
 Command = Callable[..., Any]

@@ -4,12 +4,12 @@ import json
 import math
 from typing import Any
 
-import click
+from niels_gpt.terminal import write
 
 
 def print_json(value: object) -> None:
-    """Print named tuples, dicts and lists as one JSON object; what is not finite becomes null."""
-    click.echo(json.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False))
+    """Print named tuples, dicts and lists as JSON; what is not finite becomes null."""
+    write(json.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

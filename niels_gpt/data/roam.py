@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -12,6 +13,7 @@ PathT = TypeVar("PathT", bound=str | Path)
 
 HIDDEN = "hidden"
 LOGSEQ_BACKUP = "Logseq's backups"
+_LOGSEQ_COPIES = ("bak", "version-files")  # older versions of pages; the second is of its sync
 SKIPPED_BY_DESIGN = (HIDDEN, LOGSEQ_BACKUP)  # nobody takes these for notes of their own
 
 
@@ -30,9 +32,9 @@ def list_roam_paths(root: str | Path) -> list[Path]:
 def scan_notes(root: str | Path) -> tuple[list[Path], list[Skipped]]:
     """Find the notes below `root`, and what was left out, each sorted by path.
 
-    Left out are hidden files and folders (`.obsidian`, `.trash`), Logseq's `logseq/bak`, links to
-    folders (which may form loops), and what is not a readable regular file. Only names below
-    `root` count: `root` itself may be hidden, or a link.
+    Left out are hidden files and folders (`.obsidian`, `.trash`), Logseq's `logseq/bak` and
+    `logseq/version-files`, links to folders (which may form loops), and what is not a readable
+    regular file. Only names below `root` count: `root` itself may be hidden, or a link.
     """
     top = Path(os.path.abspath(root))
     paths: list[Path] = []
@@ -49,6 +51,16 @@ def scan_notes(root: str | Path) -> tuple[list[Path], list[Skipped]]:
         paths += [here / name for name in files if reasons.get(name) == ""]
         skipped += [Skipped(here / name, reason) for name, reason in reasons.items() if reason]
     return sorted(paths), sorted(skipped)
+
+
+def other_files(root: str | Path) -> Counter[str]:
+    """Count by suffix the files among the notes that are none; hidden ones aside."""
+    counts: Counter[str] = Counter()
+    for folder, subfolders, files in os.walk(os.path.abspath(root)):
+        subfolders[:] = [name for name in subfolders if not _why_not_folder(Path(folder, name))]
+        others = (name for name in files if not name.endswith(".md") and name[0] != ".")
+        counts.update(Path(name).suffix or "no suffix" for name in others)
+    return counts
 
 
 def load_texts(paths: Iterable[str | Path]) -> list[str]:
@@ -84,7 +96,7 @@ def _common_parent(paths: Iterable[str | Path]) -> str:
 def _why_not_folder(folder: Path) -> str:
     if folder.name.startswith("."):
         return HIDDEN
-    if folder.name == "bak" and folder.parent.name == "logseq":
+    if folder.name in _LOGSEQ_COPIES and folder.parent.name == "logseq":
         return LOGSEQ_BACKUP
     return "link to a folder" if folder.is_symlink() else ""
 
