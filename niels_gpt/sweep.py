@@ -68,7 +68,7 @@ def member_bytes(model_cfg: ModelConfig, B: int) -> int:
     """Estimate the memory that one model takes while it is trained.
 
     Two states, one being made from the other, three trees of gradients, and the activations of
-    the rows that are differentiated at a time. Peaks measured at C from 32 to 256 were 5 to 40 %
+    the rows that are differentiated at a time. Peaks measured at C from 32 to 256 were 1 to 40 %
     below it.
     """
     L, C, T = model_cfg.L, model_cfg.C, model_cfg.T
