@@ -1,12 +1,12 @@
 """A sweep under vmap beside the same models one by one, in one process and in turn.
 
-python -m benchmarks.sweep --threads 1
+python -m benchmarks.sweep --threads 1     # about 3 minutes
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import click
 import torch
@@ -36,12 +36,20 @@ def main(rounds: int, threads: int | None, dropout: float, cpu_time: bool) -> No
     click.echo(", ".join(f"{key} {value}" for key, value in describe_machine().items()))
     click.echo(f"L=4, H=4, d_ff=4C, T=128, B=16, dropout {dropout:g}; median of {rounds}")
     click.echo("    C  models  together s  one by one s  ratio")
+    ratios: dict[tuple[int, int], float] = {}
     for C in WIDTHS:
         for members in MEMBERS:
             together, alone = times(C, members, dropout, rounds, clock)
-            click.echo(
-                f"{C:>5}  {members:>6}  {together:10.3f}  {alone:12.3f}  {together / alone:5.2f}"
-            )
+            ratios[C, members] = ratio = together / alone
+            click.echo(f"{C:>5}  {members:>6}  {together:10.3f}  {alone:12.3f}  {ratio:5.2f}")
+    click.echo("\n".join(["", *table(ratios)]))
+
+
+def table(ratios: Mapping[tuple[int, int], float]) -> list[str]:
+    """Lay out the ratios of (C, members) in Markdown, a row for each C."""
+    head = ["C", *(f"{members} models" for members in MEMBERS)]
+    rows = [[str(C), *(f"{ratios[C, members]:.2f}" for members in MEMBERS)] for C in WIDTHS]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def times(

@@ -22,6 +22,8 @@ from niels_gpt import ModelConfig, durable, loop, run
 from niels_gpt.commands.options import PATH, source_options
 from niels_gpt.config import find_config, load_config_from_json
 from niels_gpt.console import Console
+from niels_gpt.failures import exit_on_failure
+from niels_gpt.insight import to_tree, to_vector
 from niels_gpt.loss import Batch, Tree, gradients
 from niels_gpt.options import TrainOptions
 from niels_gpt.plan import make_plan
@@ -36,16 +38,9 @@ def parallel_gradients(
     rows = torch.arange(len(batch[0])).chunk(dist.get_world_size())[dist.get_rank()]
     own = batch[0][rows], batch[1][rows]
     grads, loss = gradients(params, own, cfg, None if drop is None else drop[rows])
-    mean = mean_over_ranks({**grads, "loss": loss})
-    return {name: mean[name] for name in grads}, mean["loss"]
-
-
-def mean_over_ranks(tree: Tree) -> Tree:
-    """Average a tree over the ranks in one exchange; every rank gets the same bits."""
-    flat = torch.cat([x.flatten() for x in tree.values()]) / dist.get_world_size()
-    dist.all_reduce(flat)
-    parts = torch.split(flat, [x.numel() for x in tree.values()])
-    return {name: part.view_as(tree[name]) for name, part in zip(tree, parts, strict=True)}
+    mean = to_vector({**grads, "loss": loss}) / dist.get_world_size()
+    dist.all_reduce(mean)  # one exchange; every rank gets the same bits
+    return to_tree(mean[:-1], grads), mean[-1]
 
 
 @click.command()
@@ -56,9 +51,10 @@ def mean_over_ranks(tree: Tree) -> Tree:
 @source_options
 def main(**given: Any) -> None:
     """Train with the loop of niels_gpt and the gradients above."""
-    options = TrainOptions(device="cpu", **given)
-    configs = load_config_from_json(find_config(options.config), options.overrides)
-    plan, console = make_plan(*configs, options), Console()
+    options = TrainOptions(device="cpu", compile=False, **given)
+    with exit_on_failure(2):
+        configs = load_config_from_json(find_config(options.config), options.overrides)
+        plan, console = make_plan(*configs, options), Console()
     dist.init_process_group("gloo")
     same = hashlib.sha256(repr((configs, plan.sources, plan.state.step)).encode()).digest()
     of_all = torch.tensor(list(same))
@@ -66,14 +62,17 @@ def main(**given: Any) -> None:
     if bytes(of_all.tolist()) != same or configs[1].B % dist.get_world_size():
         raise click.ClickException("all ranks need the same config and text, and must divide B")
     durable.make_folder(plan.out)
-    folder = run.Folder(plan, console)
-    step = partial(train_step, gradients=parallel_gradients)
+    folder, step = run.Folder(plan, console), partial(train_step, gradients=parallel_gradients)
     ports = run.ports_of(plan, folder, run.Reporter(plan, folder.metrics, console), Stop(), step)
-    if dist.get_rank() > 0:  # the first rank alone speaks and saves
+    if dist.get_rank() == 0:
+        run.say_opening(plan, console)
+    else:  # the first rank alone speaks and saves
         sys.stdout = io.StringIO()
         ports = replace(ports, save=lambda *_: True)
-    loop.run(plan.state, plan.scores, ports)
+    with exit_on_failure(1):
+        *_, saved = loop.run(plan.state, plan.scores, ports)
     dist.destroy_process_group()
+    sys.exit(0 if saved else 1)
 
 
 if __name__ == "__main__":

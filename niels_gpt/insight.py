@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from niels_gpt.batching import get_batch
 from niels_gpt.config import ModelConfig
 from niels_gpt.data.roam import list_roam_paths, load_texts, split_roam_paths
+from niels_gpt.eval import eval_batches
 from niels_gpt.loss import Batch, Tree, gradients, row_blocks, row_losses
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.optim import BETAS, EPS, global_norm
-from niels_gpt.rng import keyed_generator, make_generator
+from niels_gpt.rng import keyed_generator
 from niels_gpt.state import TrainState
 from niels_gpt.step import batch_of_step, dropout_of_step
 from niels_gpt.streams import StreamBuildConfig
@@ -106,8 +106,8 @@ def noise_scale(squares: Sequence[float], products: Sequence[float]) -> NoiseSca
 
     McCandlish et al. 2018 (arXiv 1812.06162), "the simple noise scale": G is the true gradient,
     Sigma the covariance of the gradient of one row. A batch of B rows makes
-    1 / (1 + scale/B) of the progress of a step along G itself (their eq. 2.11), so that B = scale
-    takes twice the least number of steps, and twice the least number of rows. Estimated without
+    1 / (1 + scale/B) of the progress of a step along G itself (their section 2.2), so that B =
+    scale takes twice the fewest steps, and twice the fewest rows (section 2.3). Estimated without
     bias as in their appendix A.1, with batches of 1 and of all n rows::
 
         tr(Sigma) = sum |g_i - mean|^2 / (n - 1)        |G|^2 = |mean|^2 - tr(Sigma) / n
@@ -120,7 +120,7 @@ def noise_scale(squares: Sequence[float], products: Sequence[float]) -> NoiseSca
     """
     n = len(squares)
     if n < 3:
-        raise ValueError(f"the noise scale needs 3 rows or more, not {n}")
+        raise ValueError(f"the noise scale needs 3 rows or more, not {n}: take more batches")
     total, mean_square = math.fsum(squares), math.fsum(products) / n
     variance, signal = _moments(n, total, mean_square)
     without = [
@@ -172,6 +172,7 @@ class Eigenvalue(NamedTuple):
     value: float
     error: float  # an eigenvalue lies within this of `value`
     products: int  # with vectors
+    converged: bool  # if not, `value` is a lower bound of the largest, give or take rounding
 
 
 class Curvature(NamedTuple):
@@ -210,7 +211,8 @@ def curvature(
             on_progress=on_progress,
         )
 
-    plain, adam = find(None), find(adam_scale(state)) if state.step else None
+    has_moments = any(v.any() for v in state.nu.values())
+    plain, adam = find(None), find(adam_scale(state)) if has_moments else None
     return Curvature(
         plain=plain,
         plain_lr=largest_lr(plain.value),
@@ -278,11 +280,12 @@ def largest_eigenvalue(
         rows.append((alpha, beta))
         values, vectors = torch.linalg.eigh(_tridiagonal(rows))
         value, error = values[-1].item(), beta * abs(vectors[-1, -1].item())
-        on_progress(done, iterations)
-        if error <= tolerance * abs(value) or len(basis) == len(start):
+        converged = error <= tolerance * abs(value) or len(basis) == len(start)
+        on_progress(iterations if converged else done, iterations)
+        if converged:
             break
         basis.append(w / beta)
-    return Eigenvalue(value, error, done)
+    return Eigenvalue(value, error, done, converged)
 
 
 def _tridiagonal(rows: Sequence[tuple[float, float]]) -> Tensor:
@@ -339,18 +342,25 @@ class Influence(NamedTuple):
     value: float  # see `influences`
 
 
-def validation_gradient(state: TrainState, stream: bytes, batches: int) -> Tree:
-    """Return the gradient, without dropout, of the loss on the first batches of `evaluate`."""
-    generator = make_generator(state.train_cfg.seed)
-    x, y = get_batch(
-        {"stream": stream},
-        p={"stream": 1.0},
-        B=batches * state.train_cfg.B,
-        T=state.model_cfg.T,
+def validation_gradient(state: TrainState, stream: bytes, batches: int) -> tuple[Tree, float]:
+    """Return v, the gradient on the first batches of `evaluate`, and v . g of as many after them.
+
+    The second is |G|^2 of the whole stream without bias. |v|^2 is not: it has the noise of v in it,
+    tr(Sigma) / rows, which late in a run is most of it. Without dropout.
+    """
+    cfg, model_cfg = state.train_cfg, state.model_cfg
+    drawn = eval_batches(
+        stream,
+        B=cfg.B,
+        T=model_cfg.T,
         device=state.params["tok_emb.weight"].device,
-        generator=generator,
+        eval_steps=2 * batches,
+        seed=cfg.seed,
     )
-    return gradients(state.params, (x, y), state.model_cfg)[0]
+    x, y = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    n = batches * cfg.B
+    v, _ = gradients(state.params, (x[:n], y[:n]), model_cfg)
+    return v, row_slopes(state.params, v, (x[n:], y[n:]), model_cfg).mean().item()
 
 
 def influences(
@@ -359,6 +369,7 @@ def influences(
     documents: Sequence[tuple[str, bytes]],
     cfg: ModelConfig,
     *,
+    unit: float,
     windows: int = 2,
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[Influence]:
@@ -366,12 +377,13 @@ def influences(
 
     A gradient step of size lr on document d changes the validation loss by -lr v . g_d + O(lr^2),
     where g_d is the gradient of the mean loss over its bytes (Pruthi et al. 2020, TracIn, arXiv
-    2002.08484, at one checkpoint). The value is v . g_d / |v|^2: 1 helps as much as a step on the
-    validation text itself, 0 not at all, below 0 it hurts. All v . g_d come from one forward-mode
-    pass along v; no document is differentiated backwards.
+    2002.08484, at one checkpoint). The value is v . g_d / unit; with the v . g of other validation
+    text as the unit, 1 helps as much as a step on that, 0 not at all, below 0 it hurts. All
+    v . g_d come from one forward-mode pass along v; no document is differentiated backwards.
 
     Args:
         documents: names and UTF-8; each of 2 bytes or more.
+        unit: the v . g that counts as 1; see `validation_gradient`.
         windows: how many stretches of at most T + 1 bytes to take of each, evenly spread.
     """
     device = params["tok_emb.weight"].device
@@ -379,7 +391,6 @@ def influences(
         (i, piece) for i, (_, text) in enumerate(documents) for piece in cut(text, cfg.T, windows)
     ]
     sums, counts = [0.0] * len(documents), [0] * len(documents)
-    square = global_norm(direction).item() ** 2
     for start in range(0, len(pieces), BLOCK):
         block = pieces[start : start + BLOCK]
         x, y = (ids.to(device) for ids in pad([piece for _, piece in block], cfg.T))
@@ -389,7 +400,7 @@ def influences(
             counts[i] += len(piece) - 1
         on_progress(start + len(block), len(pieces))
     return [
-        Influence(name, len(text), total / count / square)
+        Influence(name, len(text), total / count / unit)
         for (name, text), total, count in zip(documents, sums, counts, strict=True)
     ]
 
@@ -403,10 +414,24 @@ def notes_worth(
     windows: int = 2,
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[Influence]:
-    """Return the influence of each note on the loss on the validation stream."""
-    direction = validation_gradient(state, val_stream, batches)
+    """Return the influence of each note on the loss on the validation stream.
+
+    Raises:
+        ValueError: if so few batches do not show which way the loss falls.
+    """
+    direction, unit = validation_gradient(state, val_stream, batches)
+    if not unit > 0:
+        raise ValueError(
+            f"the gradient of {batches} validation batches is lost in their noise: take more"
+        )
     return influences(
-        state.params, direction, notes, state.model_cfg, windows=windows, on_progress=on_progress
+        state.params,
+        direction,
+        notes,
+        state.model_cfg,
+        unit=unit,
+        windows=windows,
+        on_progress=on_progress,
     )
 
 

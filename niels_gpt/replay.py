@@ -97,7 +97,7 @@ def differences(here: TrainState, there: TrainState) -> list[Difference]:
 
 def _difference(tensor: str, a: Tensor, b: Tensor) -> Difference:
     differ = _bits(a) != _bits(b)
-    size = (a - b).abs().nan_to_num(nan=torch.inf).where(differ, -1.0)
+    size = (a - b).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).where(differ, -1.0)
     flat = int(size.argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), a.shape))
     return Difference(
@@ -116,7 +116,8 @@ class Verdict(NamedTuple):
     """What came of taking the steps of a run again."""
 
     identical: bool
-    agreed: int  # the last step at which a saved state or a logged loss was met exactly
+    same: int  # the last step at which every bit is known to be the same: the start, or a saved one
+    agreed: int  # the last step whose state gave the loss that was logged; not below `same`
     differs: int | None  # the first step known to differ
     saved: str  # the saved state compared last
     differences: list[Difference]  # from that state, in the order of the model
@@ -136,7 +137,8 @@ def replay(
 
     No state can be had without the ones before it, so the search goes forward, once: every saved
     state and every logged loss on the way is compared, and narrows the bracket of steps in which
-    the first difference lies.
+    the first difference lies. A loss that is met shows less than a saved state: it may round away
+    the last bits of a weight, and says nothing of the moments.
 
     Args:
         state: where to begin.
@@ -145,7 +147,8 @@ def replay(
         logged: the train records of `metrics.jsonl` by step.
     """
     target = max(saved)
-    agreed, doubt = state.step, None
+    same = agreed = state.step
+    doubt: int | None = None
     notes: list[str] = []
     while True:
         if path := saved.get(state.step):
@@ -154,20 +157,20 @@ def replay(
                 notes.append(f"{path.name} was passed over: {why}")
             elif found := differences(state, there):
                 differs = state.step if doubt is None else max(doubt, agreed + 1)
-                return Verdict(False, agreed, differs, path.name, found, notes)
+                return Verdict(False, same, agreed, differs, path.name, found, notes)
             else:
                 if doubt is not None:
                     notes.append(f"{METRICS} has other figures than the run of {path.name}")
-                agreed, doubt = state.step, None
+                same, agreed, doubt = state.step, state.step, None
         if state.step == target:
-            return Verdict(True, agreed, None, saved[target].name, [], notes)
+            return Verdict(True, same, agreed, None, saved[target].name, [], notes)
         state, metrics = advance(state, text, step)
         on_step(state.step)
         if doubt is None and state.step in logged:
             wrong = _unlike(metrics, logged[state.step])
-            if not wrong:
+            if "loss" not in wrong:  # the loss of a step is that of the state before it
                 agreed = state.step - 1
-            else:  # the loss of a step is that of the state before it
+            if wrong:
                 doubt = state.step - 1 if "loss" in wrong else state.step
 
 
@@ -300,7 +303,7 @@ def view_step(state: TrainState, text: Text) -> StepView:
         lr=lr_of_step(state.step, state.train_cfg),
         loss=loss.item(),
         grad_norm=grad_norm.item(),
-        clip=min(1.0, state.train_cfg.grad_clip / grad_norm.item()),
+        clip=(state.train_cfg.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0).item(),
         rows=[_row(text.train, *row) for row in zip(*batch, losses.tolist(), strict=True)],
         grad_norms={name: g.norm().item() for name, g in grads.items()},
         activations=largest_activations(params, batch[0], cfg, drop),

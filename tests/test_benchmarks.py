@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from benchmarks import sweep
 from benchmarks.imperative import ImperativeGPT, imperative_step, make_optimizer
 from benchmarks.learning_curve import learning_curve, validation_loss
 from benchmarks.rows import Figure
@@ -87,3 +89,17 @@ def test_sides_are_timed_in_turn_after_the_warm_up():
 )
 def test_a_bar_is_a_lower_or_an_upper_limit(value, at_least, met):
     assert Figure("x", value, bar=1.0, at_least=at_least, detail={}).met is met
+
+
+def test_the_table_of_a_sweep_has_a_row_for_each_width():
+    ratios = {(C, M): C / M for C in sweep.WIDTHS for M in sweep.MEMBERS}
+    lines = sweep.table(ratios)
+    assert lines[0] == "| C | 2 models | 4 models | 8 models |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| 32", "| 64", "| 128", "| 256"]
+    assert lines[2] == "| 32 | 16.00 | 8.00 | 4.00 |"
+
+
+def test_both_sides_of_the_sweep_are_timed():
+    together, alone = sweep.times(8, 2, 0.1, rounds=1, clock=time.perf_counter)
+    assert together > 0
+    assert alone > 0

@@ -48,3 +48,32 @@ def test_other_text_and_missing_files_are_refused(niels, texts, ckpt):
     result = niels("inspect", "--ckpt", "nowhere.pt")
     assert result.exit_code == 2
     assert "nowhere.pt" in result.stderr
+
+
+def test_without_notes_the_other_parts_are_told(niels, texts, tmp_path):
+    """Notes are looked for first, so that no part is worked out for nothing."""
+    config = tmp_path / "config.json"
+    model = {"T": 12, "C": 8, "L": 1, "H": 2, "d_ff": 8}
+    config.write_text(json.dumps({"model": model, "train": {"B": 2, "total_steps": 2}}))
+    where = ["--wiki", texts / "wiki"]
+    args = ["--config", config, "--out", "out", "--set", "train.eval_steps=1", "--device", "cpu"]
+    assert niels("train", *args, *where).exit_code == 0
+    given = ["inspect", "--ckpt", "out/latest.pt", *where, "--iterations", 2]
+    result = niels(*given)
+    assert result.exit_code == 0, result.output
+    assert "note: no documents: " in result.stderr
+    assert "AdamW is stable up to lr" in result.stdout
+    result = niels(*given, "--only", "documents")
+    assert result.exit_code == 2
+    assert "error: " in result.stderr
+
+
+def test_the_suggested_batch_has_a_row_and_products_too_few_are_said(inspect):
+    from niels_gpt.commands.inspect import _noise_lines
+    from niels_gpt.insight import NoiseScale
+    from tests.training import trained_state
+
+    lines = _noise_lines(NoiseScale(8, 0.2, 0.1, 0.3, 1.0, 0.2), trained_state())
+    assert "B = 1:" in lines[-1]
+    result = inspect("--only", "sharpness", "--iterations", 1)
+    assert "not converged: it may be larger" in result.stdout

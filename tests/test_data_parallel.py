@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from niels_gpt.checkpoint import load_checkpoint, load_state
+from niels_gpt.checkpoint import load_checkpoint, load_state, write_checkpoint
 from niels_gpt.replay import differences
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "data_parallel.py"
@@ -94,3 +94,24 @@ def test_two_processes_resume_what_one_saved(two, on_one, on_two, tmp_path):
     parallel = on_two("--out", tmp_path, "--resume", tmp_path / "step_0000005.pt")
     assert parallel.returncode == 0, parallel.stderr
     assert largest_difference(two / "latest.pt", tmp_path / "latest.pt") < ROUNDING
+
+
+def test_the_text_is_named_and_what_is_saved_is_not_said_to_be_compiled(two, on_two, tmp_path):
+    payload = load_checkpoint(two / "latest.pt", device="cpu")
+    write_checkpoint(
+        [tmp_path / "latest.pt"],
+        {**payload, "step": 9, "environment": {**payload["environment"], "compile": True}},
+    )
+    result = on_two("--out", tmp_path, "--resume", tmp_path / "latest.pt")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("train/wiki: folder, ") == 1
+    saved = load_checkpoint(tmp_path / "latest.pt", device="cpu")
+    assert (saved["step"], saved["environment"]["compile"]) == (10, False)
+
+
+def test_a_mistake_is_one_message(tmp_path):
+    command = [sys.executable, EXAMPLE, "--config", "nowhere", "--out", tmp_path]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "nowhere" in result.stderr
+    assert "Traceback" not in result.stderr

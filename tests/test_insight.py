@@ -1,6 +1,7 @@
 """What a state tells, each figure against a computation without tricks on a tiny model."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call, grad, jacrev
 
-from niels_gpt import ModelConfig, insight
+from niels_gpt import ModelConfig, evaluate, insight
 from niels_gpt.data.roam import list_roam_paths
 from niels_gpt.dropout import dropout_keys, sites
+from niels_gpt.eval import eval_batches
 from niels_gpt.loss import gradients, loss
 from niels_gpt.state import empty_model, to_modules
 from niels_gpt.streams import StreamBuildConfig
@@ -159,6 +161,29 @@ def test_hessian_products_are_those_of_the_matrix(state, whole_hessian):
     torch.testing.assert_close(insight.to_vector(found), H @ v, rtol=1e-3, atol=1e-5)
 
 
+def test_hessian_products_add_up_over_blocks_of_rows(state, whole_hessian, monkeypatch):
+    H, batch = whole_hessian
+    monkeypatch.setattr("niels_gpt.loss.ROW_BLOCK", 16)  # 3 blocks of 2 rows
+    v = random_vector(state)
+    found = insight.hessian_product(state.params, insight.to_tree(v, state.params), batch, TINY)
+    torch.testing.assert_close(insight.to_vector(found), H @ v, rtol=1e-3, atol=1e-5)
+
+
+def test_lanczos_says_whether_it_has_converged():
+    A = torch.arange(1.0, 101.0)
+    start = torch.ones(100)
+    early = insight.largest_eigenvalue(lambda v: A * v, start, iterations=3)
+    assert not early.converged
+    assert early.value < 100
+    assert insight.largest_eigenvalue(lambda v: A * v, start, iterations=60).converged
+
+
+def test_without_moments_the_sharpness_under_adam_is_not_known(state):
+    zeros = {name: torch.zeros_like(p) for name, p in state.params.items()}
+    found = insight.curvature(state._replace(nu=zeros), {"s": STREAM}, {"s": 1.0}, iterations=3)
+    assert (found.adam, found.adam_lr) == (None, None)
+
+
 def test_sharpness_is_the_largest_eigenvalue_of_the_matrix(state, whole_hessian):
     H, batch = whole_hessian
     top = torch.linalg.eigvalsh((H + H.T) / 2)[-1].item()
@@ -222,8 +247,8 @@ NOTES = [
 
 
 def test_influences_are_products_with_the_gradient_of_each_document(state):
-    v = insight.validation_gradient(state, STREAM, 2)
-    found = insight.influences(state.params, v, NOTES, TINY, windows=100)
+    v, unit = insight.validation_gradient(state, STREAM, 2)
+    found = insight.influences(state.params, v, NOTES, TINY, unit=unit, windows=100)
     model, _ = to_modules(state)
     model.eval()
     flat_v = insight.to_vector(v)
@@ -235,7 +260,7 @@ def test_influences_are_products_with_the_gradient_of_each_document(state):
             g = flat_gradient(model, ids[:, :-1], ids[:, 1:])
             total += (g @ flat_v).item() * (len(piece) - 1)
             count += len(piece) - 1
-        wanted = total / count / flat_v.square().sum().item()
+        wanted = total / count / unit
         assert (influence.name, influence.nbytes) == (name, len(text))
         assert math.isclose(influence.value, wanted, rel_tol=1e-3, abs_tol=1e-5)
 
@@ -246,7 +271,7 @@ def test_an_influence_is_what_a_small_step_does_to_the_validation_loss(state):
     v = gradients(state.params, batch, TINY)[0]
     square = insight.to_vector(v).square().sum().item()
     for name, text in NOTES[1:3]:
-        (found,) = insight.influences(state.params, v, [(name, text)], TINY)
+        (found,) = insight.influences(state.params, v, [(name, text)], TINY, unit=square)
         ids = torch.tensor([list(text)])
         g, _ = gradients(state.params, (ids[:, :-1], ids[:, 1:]), TINY)
         lr = 0.002 / insight.to_vector(g).norm().item()
@@ -257,20 +282,47 @@ def test_an_influence_is_what_a_small_step_does_to_the_validation_loss(state):
         assert math.isclose((behind - ahead) / (2 * lr) / square, found.value, rel_tol=0.02)
 
 
-def insight_batch(state):
-    from niels_gpt.batching import get_batch
-    from niels_gpt.rng import make_generator
+def insight_batch(state, first=0, last=2):
+    """Return the batches of an evaluation from the first to before the last, as one."""
+    drawn = eval_batches(STREAM, B=4, T=8, device="cpu", eval_steps=last, seed=42)
+    x, y = (torch.cat(parts) for parts in zip(*list(drawn)[first:], strict=True))
+    return x, y
 
-    generator = make_generator(state.train_cfg.seed)
-    return get_batch({"s": STREAM}, p={"s": 1.0}, B=8, T=8, device="cpu", generator=generator)
+
+def test_the_validation_gradient_is_that_of_the_first_batches_of_an_evaluation(state):
+    v, unit = insight.validation_gradient(state, STREAM, 2)
+    model, _ = to_modules(state)
+    model.eval()
+    wanted = flat_gradient(model, *insight_batch(state)).clone()
+    torch.testing.assert_close(insight.to_vector(v), wanted, rtol=1e-3, atol=1e-6)
+    other = flat_gradient(model, *insight_batch(state, 2, 4))
+    assert math.isclose(unit, (wanted @ other).item(), rel_tol=1e-3)
+    cfg = replace(state.train_cfg, eval_steps=2)
+    mean = loss(state.params, insight_batch(state), TINY).item()
+    assert math.isclose(mean, evaluate(state._replace(train_cfg=cfg), STREAM, 42), rel_tol=1e-5)
 
 
-def test_the_validation_text_itself_has_influence_1(state):
-    v = insight.validation_gradient(state, STREAM, 2)
-    x, y = insight_batch(state)
-    slopes = insight.row_slopes(state.params, v, (x, y), TINY)
-    square = insight.to_vector(v).square().sum()
-    torch.testing.assert_close(slopes.mean() / square, torch.tensor(1.0), rtol=1e-4, atol=0)
+def test_the_unit_has_no_noise_of_the_sample_in_it():
+    """Where the gradient of all text is 0, it is as often below 0 as above; |v|^2 never is."""
+    ids = torch.tensor(list(STREAM))
+    windows = ids.unfold(0, 9, 1)
+    start = trained_state(TINY, B=4)
+    for _ in range(300):  # down to where the gradient of all windows is nearly 0
+        grads, _ = gradients(start.params, (windows[:, :-1], windows[:, 1:]), TINY)
+        start = start._replace(params={n: p - 0.5 * grads[n] for n, p in start.params.items()})
+    ratios = []
+    for seed in range(20):
+        state = start._replace(train_cfg=replace(start.train_cfg, seed=seed))
+        v, unit = insight.validation_gradient(state, STREAM, 1)
+        ratios.append(unit / insight.to_vector(v).square().sum().item())
+    assert abs(sum(ratios) / 20) < 0.5
+
+
+def test_a_validation_gradient_lost_in_noise_is_said(state, monkeypatch):
+    v, _ = insight.validation_gradient(state, STREAM, 1)
+    monkeypatch.setattr(insight, "validation_gradient", lambda *_: (v, -0.1))
+    with pytest.raises(ValueError, match="lost in their noise: take more"):
+        insight.notes_worth(state, STREAM, NOTES)
 
 
 @given(st.binary(min_size=2, max_size=200), st.integers(1, 20), st.integers(1, 8))
@@ -300,8 +352,8 @@ def test_notes_of_the_validation_split_are_not_scored(texts):
 def test_nothing_is_changed(state):
     before = copy_of(state)
     batch = random_batch(3, 8, V=16)
-    v = insight.validation_gradient(state, STREAM, 1)
+    v, _ = insight.validation_gradient(state, STREAM, 1)
     insight.row_products(state.params, batch, TINY)
     insight.sharpness(state.params, batch, TINY, random_vector(state), iterations=2)
-    insight.influences(state.params, v, NOTES, TINY)
+    insight.influences(state.params, v, NOTES, TINY, unit=1.0)
     assert same_state(state, before)

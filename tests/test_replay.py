@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from click.testing import CliRunner
 from niels_gpt import make_state, replay, train_step
 from niels_gpt.checkpoint import load_checkpoint, load_state, state_payload, write_checkpoint
 from niels_gpt.cli import main
+from niels_gpt.loss import gradients
 from niels_gpt.metrics import read_metrics, to_lines
+from niels_gpt.optim import clip_by_global_norm, global_norm
 from niels_gpt.plan import open_text
 from niels_gpt.state import empty_model
+from niels_gpt.step import dropout_of_step
 from niels_gpt.streams import locate
 from tests.training import SMALL, same_state, trained_state
 
@@ -99,7 +103,11 @@ def test_one_flipped_bit_is_caught_and_located(run, again):
     assert found["size"] == abs(found["here"] - found["there"]) > 0
     assert found["size"] < 1e-7
     # The loss of step 8 was met, so the state after 7 was; the bit is that of the state after 9.
-    assert (verdict["agreed"], verdict["differs"]) == (7, 9)
+    assert (verdict["same"], verdict["agreed"], verdict["differs"]) == (6, 7, 9)
+    lines = again("--from", run / "step_0000003.pt", "--to", run / "step_0000009.pt").stdout
+    assert f"first seen at step 9, in params {name}" in lines
+    assert "every bit is the same after step 6\n" in lines
+    assert "so is the loss of the state after step 7: " in lines
 
 
 @pytest.mark.parametrize("kind", ["exp_avg", "exp_avg_sq"])
@@ -125,14 +133,47 @@ def test_a_change_on_the_way_is_bracketed_by_saved_states_and_logged_losses(run,
     write_checkpoint([run / "step_0000009.pt"], state_payload(state, best_val_loss=None))
     result = again("--from", run / "step_0000003.pt", "--to", run / "step_0000009.pt", "--json")
     verdict = json.loads(result.stdout)
-    assert (verdict["identical"], verdict["agreed"], verdict["differs"]) == (False, 6, 7)
+    found = [verdict[n] for n in ("identical", "same", "agreed", "differs")]
+    assert found == [False, 6, 6, 7]
+
+
+def test_a_change_too_small_for_the_next_loss_is_not_said_to_come_after_it(run, again, opened):
+    """A bit of a moment is changed after step 6: the loss of step 7 knows nothing of it."""
+    state, text = opened
+    records = [r for r in read_metrics(run / "metrics.jsonl") if r["step"] <= 6]
+    nu = {name: v.clone() for name, v in state.nu.items()}
+    nu["ln_f.bias"].view(torch.int32)[2] ^= 1 << 22
+    state = state._replace(nu=nu)
+    while state.step < 9:
+        state, metrics = replay.advance(state, text)
+        values = {name: value.item() for name, value in metrics.items()}
+        records.append({"kind": "train", "step": state.step, **values})
+    (run / "metrics.jsonl").write_bytes(to_lines(records))
+    (run / "step_0000006.pt").unlink()
+    write_checkpoint([run / "step_0000009.pt"], state_payload(state, best_val_loss=None))
+    result = again("--from", run / "step_0000003.pt", "--to", run / "step_0000009.pt", "--json")
+    verdict = json.loads(result.stdout)
+    assert verdict["same"] == 3  # and not the 6 whose loss is met
+    assert verdict["agreed"] >= 6
+    assert verdict["differs"] > verdict["agreed"]
+
+
+def test_a_gradient_norm_alone_that_differs_leaves_the_state_before_it_agreed(run, again):
+    records = read_metrics(run / "metrics.jsonl")
+    wrong = [{**r, "grad_norm": 1.0} if r["step"] == 8 and "loss" in r else r for r in records]
+    (run / "metrics.jsonl").write_bytes(to_lines(wrong))
+    change(run / "step_0000009.pt", flip_lowest_bit("ln_f.bias", (2,)))
+    result = again("--from", run / "step_0000006.pt", "--to", run / "step_0000009.pt", "--json")
+    verdict = json.loads(result.stdout)
+    assert (verdict["agreed"], verdict["differs"]) == (7, 8)
 
 
 def test_the_search_ends_at_the_first_saved_state_that_is_not_met(run, again):
     change(run / "step_0000006.pt", flip_lowest_bit("ln_f.weight", (0,)))
     result = again("--to", run / "latest.pt")
     assert result.exit_code == 1
-    assert "first at step 6" in result.stdout
+    assert "first seen at step 6" in result.stdout
+    assert "every bit is the same after step 3" in result.stdout
 
 
 def test_files_of_another_config_or_damaged_ones_are_no_witnesses(run, again):
@@ -191,6 +232,10 @@ def test_differences_tell_zeros_of_either_sign_and_what_is_not_a_number():
     assert (zero.place, zero.size, zero.elements) == ((3,), 0.0, 1)
     (odd,) = replay.differences(here, here._replace(params={**here.params, "ln_f.bias": nan}))
     assert (odd.place, odd.size) == ((4,), math.inf)
+    endless = bias.clone()
+    endless[5] = math.inf
+    (far,) = replay.differences(here, here._replace(params={**here.params, "ln_f.bias": endless}))
+    assert (far.place, far.size) == ((5,), math.inf)
 
 
 # --- one step ----------------------------------------------------------------------------------
@@ -249,7 +294,46 @@ def test_gradient_norms_add_up_to_the_global_norm(opened):
     assert math.isclose(math.hypot(*view.grad_norms.values()), view.grad_norm, rel_tol=1e-5)
     _, metrics = train_step(state, replay.next_batch(state, text), view.lr)
     assert metrics["grad_norm"].item() == view.grad_norm
-    assert view.clip == min(1.0, state.train_cfg.grad_clip / view.grad_norm)
+    tight = state._replace(train_cfg=replace(state.train_cfg, grad_clip=0.01))
+    scaled, norm = clip_by_global_norm(gradients_of(tight, text), 0.01)
+    scale = global_norm(scaled) / norm
+    assert math.isclose(replay.view_step(tight, text).clip, scale.item(), rel_tol=1e-5)
+
+
+def gradients_of(state, text):
+    batch = replay.next_batch(state, text)
+    cfg, rows = state.model_cfg, range(len(batch[0]))
+    drop = dropout_of_step(state.train_cfg.seed, state.step, rows, cfg)
+    return gradients(state.params, batch, cfg, drop)[0]
+
+
+def test_what_is_not_a_number_comes_first_in_every_table(opened):
+    from niels_gpt.commands.replay import _view_lines
+
+    view = replay.view_step(*opened)
+    rows = [row._replace(loss=math.nan) if i == 2 else row for i, row in enumerate(view.rows)]
+    rows[2] = rows[2]._replace(text="the broken row")
+    norms = {**view.grad_norms, "ln_f.bias": math.nan}
+    lines = _view_lines(view._replace(rows=rows, grad_norms=norms))
+    assert lines[lines.index("the row of the highest loss:") + 1] == "the broken row"
+    first = lines[lines.index("largest gradient norms (before clipping)") + 1]
+    assert first.split() == ["ln_f.bias", "nan"]
+
+
+def test_a_step_whose_gradient_is_zero_or_not_a_number_is_shown(opened):
+    state, text = opened
+    flat = {name: torch.zeros_like(p) for name, p in state.params.items()}
+    assert replay.view_step(state._replace(params=flat), text).clip == 1.0
+    broken = {**state.params, "ln_f.bias": torch.full_like(state.params["ln_f.bias"], math.nan)}
+    assert math.isnan(replay.view_step(state._replace(params=broken), text).clip)
+
+
+def test_ctrl_c_is_not_taken_for_a_difference(run, again, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(replay, "replay_files", interrupted)
+    assert again("--to", run / "latest.pt").exit_code == 130
 
 
 def test_largest_activations_are_those_of_the_plain_module():

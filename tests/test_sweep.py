@@ -200,14 +200,25 @@ def test_solo_and_together_agree(run):
 def test_a_dry_run_only_estimates(run):
     result = run("--lr", "1e-3,1e-2,1e-1", "--dry-run")
     assert result.exit_code == 0
-    assert result.stdout == ""
-    assert "3 models in 1 group: about" in result.stderr
+    assert "3 models in 1 group: about" in result.stdout
+    assert len(result.stdout.splitlines()) == 1
+    cost = json.loads(run("--lr", "1e-3,1e-2", "--dry-run", "--json").stdout)["cost"]
+    assert (cost["models"], cost["groups"]) == (2, 1)
+
+
+def test_a_model_that_does_not_fit_is_said_to_be_too_large(run):
+    result = run("--lr", "1e-3", "--memory", "1e-9", "--dry-run")
+    assert "one model alone takes about" in result.stderr
+    assert "1 model in 1 group: about" in result.stdout
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--lr", "fast"], "not a list of numbers"),
+        (["--lr", "0,1e-3"], "lr=0 has to be above 0"),
+        (["--lr", "1e-3,0.001"], "a number twice"),
+        (["--lr", "1e-3", "--picture", "lost/sweep.png"], "there is no folder lost"),
         (["--lr", "-1"], "base_lr=-1.0 has to be a number"),
         (["--lr", "1e-3", "--picture", "sweep.gif"], "pictures are .png or .svg"),
         (["--lr", "1e-3", "--set", "train.B=0"], "train.B=0"),
@@ -231,6 +242,10 @@ def test_the_picture_has_a_point_for_each_cell_that_did_not_diverge(tmp_path):
     ]
     axes = sweep.draw(found).axes[0]
     assert [len(c.lines[0].get_xdata()) for c in axes.containers] == [1, 2]
+    (crosses,) = [line for line in axes.lines if line.get_label() == "diverged"]
+    assert list(crosses.get_xdata()) == [1e-1]
+    lost = sweep.draw([cell(1e-1, math.inf), cell(1.0, math.inf)]).axes[0]
+    assert [text.get_text() for text in lost.get_legend().get_texts()] == ["diverged"]
     assert axes.get_xscale() == "log"
     plot.save_figure(lambda: sweep.draw(found), [tmp_path / "sweep.png"])
     assert (tmp_path / "sweep.png").stat().st_size > 1000

@@ -12,10 +12,11 @@ import click
 
 from niels_gpt.commands.options import HELP, PATH, source_options
 from niels_gpt.commands.report import print_json
-from niels_gpt.failures import exit_on_failure
+from niels_gpt.failures import describe, exit_on_failure
+from niels_gpt.terminal import exit_on_interrupt
 
 if TYPE_CHECKING:
-    from niels_gpt.insight import Curvature, Influence, NoiseScale
+    from niels_gpt.insight import Curvature, Eigenvalue, Influence, NoiseScale
     from niels_gpt.state import TrainState
 
 PARTS = ("noise", "sharpness", "documents")
@@ -69,7 +70,7 @@ def main(
 
     documents: the notes on which a step lowers the wiki validation loss most, and least.
     """
-    with exit_on_failure(2):
+    with exit_on_interrupt(), exit_on_failure(2):
         from niels_gpt import insight
         from niels_gpt.checkpoint import load_state
         from niels_gpt.device import resolve_device
@@ -81,9 +82,18 @@ def main(
         text, notes = open_text_of(payload, ckpt, state, sources)
         for note in notes:
             click.echo(f"note: {note}", err=True)
+        wanted = only or PARTS
+        documents = []
+        if "documents" in wanted:
+            try:
+                documents = insight.training_notes(sources, state.train_cfg.seed)
+            except (ValueError, OSError) as error:
+                if only:
+                    raise
+                wanted = tuple(part for part in wanted if part != "documents")
+                click.echo(f"note: no documents: {describe(error)}; give --roam DIR", err=True)
         found: dict[str, Any] = {"checkpoint": str(ckpt), "step": state.step}
         lines = [f"{ckpt.name}, after step {state.step}"]
-        wanted = only or PARTS
         if "noise" in wanted:
             rows, drop = insight.coming_rows(state, text.train, text.p, batches)
             products = insight.row_products(
@@ -100,7 +110,7 @@ def main(
             found["documents"] = worth = insight.notes_worth(
                 state,
                 text.val["wiki"],
-                insight.training_notes(sources, state.train_cfg.seed),
+                documents,
                 batches=batches,
                 windows=windows,
                 on_progress=_progress("piece"),
@@ -130,9 +140,10 @@ def _noise_lines(noise: NoiseScale, state: TrainState) -> list[str]:
     ]
     if math.isinf(noise.high):
         return [*lines, "  the gradient is lost in the noise of so few rows: raise --batches"]
+    suggested = max(1, round(noise.scale))
     return [
         *lines,
-        f"  suggested          B = {round(noise.scale)}: a run then takes twice the fewest steps "
+        f"  suggested          B = {suggested}: a run then takes twice the fewest steps "
         "and twice the least text",
     ]
 
@@ -142,22 +153,28 @@ def _rows(value: float) -> str:
 
 
 def _curvature_lines(curvature: Curvature, state: TrainState) -> list[str]:
-    plain, adam = curvature.plain, curvature.adam
+    adam, adam_lr = curvature.adam, curvature.adam_lr
     lines = [
         "",
         f"sharpness, without dropout, on the next batch ({state.train_cfg.B} rows)",
-        f"  Hessian            largest eigenvalue {plain.value:.4g} +- {plain.error:.2g}; gradient "
-        f"descent is stable up to lr {curvature.plain_lr:.3g}",
+        f"  Hessian            {_eigenvalue(curvature.plain)}; gradient descent is stable up to "
+        f"lr {curvature.plain_lr:.3g}",
     ]
-    if adam is None or curvature.adam_lr is None:
-        return [*lines, "  AdamW              the checkpoint has no moments, so not known"]
-    return [
-        *lines,
-        f"  as AdamW sees it   largest eigenvalue {adam.value:.4g} +- {adam.error:.2g}; AdamW "
-        f"is stable up to lr {curvature.adam_lr:.3g}",
-        f"                     the schedule's lr here is {curvature.lr:.3g}; see the caveats in "
-        "docs/inspect.md",
-    ]
+    if adam is None or adam_lr is None:
+        lines += ["  AdamW              the checkpoint has no moments, so not known"]
+    else:
+        lines += [
+            f"  as AdamW sees it   {_eigenvalue(adam)}; AdamW is stable up to lr {adam_lr:.3g}",
+            f"                     the schedule's lr here is {curvature.lr:.3g}; see the caveats "
+            "in docs/inspect.md",
+        ]
+    if not all(found.converged for found in (curvature.plain, adam) if found):
+        lines += ["  not converged: it may be larger, and the lr lower; raise --iterations"]
+    return lines
+
+
+def _eigenvalue(found: Eigenvalue) -> str:
+    return f"largest eigenvalue {found.value:.4g} +- {found.error:.2g}"
 
 
 def _worth_lines(worth: Sequence[Influence], top: int) -> list[str]:

@@ -14,6 +14,7 @@ import click
 from niels_gpt.commands.options import HELP, PATH, source_options
 from niels_gpt.commands.report import print_json
 from niels_gpt.failures import exit_on_failure
+from niels_gpt.terminal import exit_on_interrupt, write
 
 if TYPE_CHECKING:
     from niels_gpt.replay import StepView, Verdict
@@ -45,14 +46,15 @@ def main(
     """Take steps of a run again.
 
     With --to: run from one checkpoint (by default the initial state) to the other and compare
-    every tensor bit for bit. Exit code 0 if identical, 1 with the first difference if not.
+    every tensor bit for bit. Exit code 0 if identical, 1 with the first difference if not, 2 if it
+    could not be compared.
 
     With --step: go to that step from the nearest checkpoint before it, and show its batch, the
     loss of each row, gradient norms and the largest activations.
     """
     if (end is None) == (step is None):
         raise click.UsageError("give either --to PATH or --step N")
-    with exit_on_failure(2):
+    with exit_on_interrupt(), exit_on_failure(2):
         from niels_gpt import paths
         from niels_gpt.device import resolve_device
         from niels_gpt.replay import replay_files, view_files
@@ -68,7 +70,7 @@ def main(
         folder = start or paths.CHECKPOINT_DIR
         view, begin, notes = view_files(folder, step, sources, device, _show_step)
         _tell([*notes, f"step {step} was reached from {begin}"])
-        print_json(view) if as_json else click.echo("\n".join(_view_lines(view)))
+        print_json(view) if as_json else write("\n".join([*_view_lines(view), ""]))
 
 
 def _show_step(step: int) -> None:
@@ -78,7 +80,7 @@ def _show_step(step: int) -> None:
 
 def _tell(notes: Iterable[str]) -> None:
     if sys.stderr.isatty():
-        click.echo("\r", err=True, nl=False)
+        click.echo("\r\x1b[K", err=True, nl=False)
     for note in notes:
         click.echo(f"note: {note}", err=True)
 
@@ -87,25 +89,34 @@ def _verdict_lines(verdict: Verdict) -> list[str]:
     if verdict.identical:
         return [f"identical: every bit of {verdict.saved}"]
     largest = sorted(verdict.differences, key=lambda d: -d.size)
-    first = verdict.differences[0]
+    first, count = verdict.differences[0], len(verdict.differences)
     rows = [
         f"  {d.tensor:<36} {d.elements:>9,} {d.size:>10.3g}  {d.here!r} at {list(d.place)}, "
         f"saved {d.there!r}"
         for d in largest[:SHOWN]
     ]
     return [
-        f"different: first at step {verdict.differs}, in {first.tensor}, by {first.size:.3g}",
-        f"the last step known to be the same is {verdict.agreed}",
-        f"{len(verdict.differences)} tensors differ from {verdict.saved}, the largest:",
+        f"different: first seen at step {verdict.differs}, in {first.tensor}, by {first.size:.3g}",
+        f"every bit is the same after step {verdict.same}",
+        *(
+            [
+                f"so is the loss of the state after step {verdict.agreed}: the difference arose "
+                "later, or was too small to change it"
+            ]
+            if verdict.agreed > verdict.same
+            else []
+        ),
+        f"{count} tensor{'s differ' if count > 1 else ' differs'} from {verdict.saved}, the "
+        "largest first:",
         f"  {'tensor':<36} {'elements':>9} {'size':>10}",
         *rows,
     ]
 
 
 def _view_lines(view: StepView) -> list[str]:
-    worst = max(view.rows, key=lambda row: row.loss)
-    by_norm = sorted(view.grad_norms.items(), key=lambda item: -item[1])
-    by_size = sorted(view.activations.items(), key=lambda item: -item[1])
+    worst = max(view.rows, key=lambda row: _size(row.loss))
+    by_norm = sorted(view.grad_norms.items(), key=lambda item: -_size(item[1]))
+    by_size = sorted(view.activations.items(), key=lambda item: -_size(item[1]))
     broken = [name for name, value in view.activations.items() if not math.isfinite(value)]
     return [
         f"step {view.step}: loss {view.loss:.4f} nats, lr {view.lr:.3e}, "
@@ -126,6 +137,11 @@ def _view_lines(view: StepView) -> list[str]:
         "largest activations",
         *(f"  {name:<36} {value:10.4g}" for name, value in by_size[:SHOWN]),
     ]
+
+
+def _size(value: float) -> float:
+    """Let what is not a number come first: it is what one looks for."""
+    return math.inf if math.isnan(value) else value
 
 
 def _one_line(text: str) -> str:

@@ -13,6 +13,7 @@ import click
 from niels_gpt.commands.options import HELP, PATH, source_options
 from niels_gpt.commands.report import print_json
 from niels_gpt.failures import exit_on_failure
+from niels_gpt.terminal import exit_on_interrupt
 
 if TYPE_CHECKING:
     from niels_gpt.sweep import Cell, Cost, Suggestion
@@ -23,9 +24,12 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> li
     if text is None:
         return None
     try:
-        return [float(word) for word in text.split(",")]
+        numbers = [float(word) for word in text.split(",")]
     except ValueError:
         raise click.BadParameter(f"{text!r} is not a list of numbers such as 1e-4,3e-4") from None
+    if len(set(numbers)) < len(numbers):
+        raise click.BadParameter(f"{text!r} has a number twice; more runs of each are --seeds N")
+    return numbers
 
 
 @click.command(
@@ -67,7 +71,7 @@ def main(
     initial weights, batches and dropout, not the text or what the models are evaluated on.
     `min_lr` keeps its ratio to the learning rate.
     """
-    with exit_on_failure(2):
+    with exit_on_interrupt(), exit_on_failure(2):
         from niels_gpt import plot, sweep
         from niels_gpt.config import find_config, load_config_from_json
         from niels_gpt.device import resolve_device
@@ -77,6 +81,8 @@ def main(
         plot.check_paths(picture)
         if picture and not plot.have_matplotlib():
             raise ValueError(f"--picture needs matplotlib; {plot.INSTALL}")
+        if lost := [path for path in picture if not path.parent.is_dir()]:
+            raise ValueError(f"--picture {lost[0]}: there is no folder {lost[0].parent}; make it")
         device = resolve_device(device)
         model_cfg, train_cfg = load_config_from_json(find_config(config), overrides)
         cfgs = sweep.grid(
@@ -91,11 +97,15 @@ def main(
         budget = sweep.memory_budget() if memory is None else int(memory * 1e9)
         each = sweep.member_bytes(model_cfg, train_cfg.B)
         parts = sweep.groups(cfgs, each, budget)
+        if each > budget:
+            click.echo(f"note: {_memory_note(each, budget)}", err=True)
         cost = sweep.cost(model_cfg, parts, text, device, solo=solo)
-    click.echo(_cost_line(cost, solo), err=True)
+    click.echo(_cost_line(cost, solo), err=not dry_run or as_json)
     if dry_run:
+        if as_json:
+            print_json({"cost": cost})
         return
-    with exit_on_failure(1):
+    with exit_on_interrupt(), exit_on_failure(1):
         train = sweep.train_alone if solo else sweep.train_together
         found = []
         for part in parts:
@@ -122,12 +132,19 @@ def _cost_line(cost: Cost, solo: bool) -> str:
 
     ratio = cost.seconds_per_step / cost.seconds_per_step_alone
     way = "one by one" if solo else f"in {cost.groups} group{'s' if cost.groups > 1 else ''}"
+    models = f"{cost.models} model{'s' if cost.models > 1 else ''}"
     return (
-        f"{cost.models} models {way}: about {size(cost.bytes_at_once)} of memory, "
+        f"{models} {way}: about {size(cost.bytes_at_once)} of memory, "
         f"{duration(cost.seconds)} of training; a step of a group takes "
         f"{cost.seconds_per_step:.3g} s together, {cost.seconds_per_step_alone:.3g} s one by one "
         f"(ratio {ratio:.2f})"
     )
+
+
+def _memory_note(each: int, budget: int) -> str:
+    from niels_gpt.estimate import size
+
+    return f"one model alone takes about {size(each)}, more than the {size(budget)} allowed"
 
 
 def _lines(cells: Sequence[Cell], best: Suggestion | None) -> list[str]:
