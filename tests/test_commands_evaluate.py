@@ -86,6 +86,7 @@ def test_text_that_the_training_did_not_evaluate_on_is_told(niels, evaluation, w
 
 
 def test_absent_sources_are_left_out_unless_named(niels, evaluation, texts, tmp_path):
+    (tmp_path / "absent").mkdir()
     where = "--wiki", texts / "wiki", "--roam", tmp_path / "absent"
     result = niels("evaluate", "--ckpt", "m.pt", "--device", "cpu", *where)
     assert result.exit_code == 0
