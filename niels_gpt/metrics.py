@@ -9,6 +9,7 @@ the same machine.
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from niels_gpt import durable
@@ -31,10 +32,18 @@ def read_metrics(path: Path) -> list[Record]:
             record = parse_json(line.decode())
         except ValueError:  # cut off by a power failure
             break
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        if not _is_record(record):
             break
         records.append(record)
     return records
+
+
+def _is_record(value: object) -> bool:
+    """Tell whether a value has what its readers rely on."""
+    kinds: dict[str, type | UnionType] = {"kind": str, "step": int, "seconds": int | float}
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), kind) for name, kind in kinds.items()
+    )
 
 
 def records_until(records: Iterable[Record], step: int, evaluated: int | None) -> list[Record]:
