@@ -390,7 +390,8 @@ def test_a_full_disk_behind_the_log_does_not_end_the_training(config, texts, tmp
     assert load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")["step"] == 7
 
 
-def test_a_dry_run_writes_nothing(train, tmp_path):
+def test_a_dry_run_writes_nothing(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("niels_gpt.paths.REPO_ROOT", tmp_path)  # where the cache would be
     before = sorted(tmp_path.rglob("*"))
     result = train("--out", tmp_path / "out", "--dry-run")
     assert result.exit_code == 0, result.stderr
