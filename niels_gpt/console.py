@@ -7,7 +7,7 @@ stream that cannot be written is given up.
 import contextlib
 import os
 import sys
-from typing import IO
+from typing import TextIO
 
 import click
 
@@ -16,7 +16,8 @@ class Console:
     """Lines to stdout and stderr, and on a terminal one line that replaces itself."""
 
     def __init__(self) -> None:
-        self.is_live = sys.stdout.isatty()
+        _fill_closed_descriptors()
+        self.is_live = sys.stdout is not None and sys.stdout.isatty()
         self._live = ""
 
     def say(self, line: str) -> None:
@@ -42,14 +43,25 @@ class Console:
             _write("\r\x1b[K", sys.stdout)
 
 
-def _write(text: str, stream: IO[str]) -> None:
+def _write(text: str, stream: TextIO | None) -> None:
+    """Write what the stream's encoding has; None is a stream that was closed from the start."""
+    if stream is None:
+        return
+    encoding = stream.encoding or "utf-8"
     try:
-        click.echo(text, file=stream, nl=False)
+        click.echo(text.encode(encoding, "replace").decode(encoding), file=stream, nl=False)
     except (OSError, ValueError):  # ValueError: the stream is closed
         _give_up(stream)
 
 
-def _give_up(stream: IO[str]) -> None:
+def _fill_closed_descriptors() -> None:
+    """Keep a file that is opened later from becoming stdout or stderr, where others write."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+
+
+def _give_up(stream: TextIO) -> None:
     """Let what is still written to this stream vanish, also what its buffer holds at exit."""
     with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())

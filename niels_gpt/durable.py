@@ -71,6 +71,21 @@ def make_folder(folder: Path) -> None:
     _sync_folder(folder.parent)
 
 
+def check_folder(folder: Path) -> None:
+    """Raise the OSError that `make_folder`, or the first file in it, would meet; write nothing.
+
+    As far as permissions tell: a full disk, say, is met only by writing.
+    """
+    nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    number = 0
+    if not nearest.is_dir():
+        number = errno.ENOTDIR
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        number = errno.EACCES
+    if number:
+        raise OSError(number, os.strerror(number), str(nearest))
+
+
 def set_aside(folder: Path, names: Iterable[str]) -> Path:
     """Move files of `folder` into a new subfolder ``earlier-NNN`` of it, durably, and return that.
 

@@ -28,17 +28,17 @@ def carry_out(options: TrainOptions) -> int:
         try:
             with stop.immediately():
                 plan = _prepare(options, locks)
+                if options.dry_run:
+                    from niels_gpt.estimate import estimate
+
+                    console.say(estimate(plan))
+                    return 0
         except Stopped as stopped:
             console.warn(f"stopped by {stopped} before the first step: nothing to save")
             return stopped.exit_code
         except USER_ERRORS as error:
             console.warn(f"error: {describe(error)}")
             return 2
-        if options.dry_run:
-            from niels_gpt.estimate import estimate
-
-            console.say(estimate(plan))
-            return 0
         from niels_gpt.run import train
 
         return train(plan, options, console, stop)
@@ -54,10 +54,17 @@ def _prepare(options: TrainOptions, locks: contextlib.ExitStack) -> Plan:
 
     if options.resume not in (None, "latest") and not os.path.exists(options.resume):
         raise FileNotFoundError(f"--resume {options.resume}: no such checkpoint")
+    if options.resume is not None and os.path.isdir(options.resume) and options.resume != "latest":
+        raise ValueError(
+            f"--resume {options.resume}: is a folder; "
+            f"--resume latest --out {options.resume} takes the newest good checkpoint in it"
+        )
     out = output_folder(options)
     if options.resume == "latest" and not out.is_dir():
         raise FileNotFoundError(f"--resume latest: there is no folder {out}")
-    if not options.dry_run:
+    if options.dry_run:
+        durable.check_folder(out)
+    else:
         durable.make_folder(out)
         locks.enter_context(durable.lock_folder(out))
     return make_plan(model_cfg, train_cfg, options)

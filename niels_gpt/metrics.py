@@ -31,10 +31,20 @@ def read_metrics(path: Path) -> list[Record]:
             record = parse_json(line.decode())
         except ValueError:  # cut off by a power failure
             break
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        if not _is_record(record):
             break
         records.append(record)
     return records
+
+
+def _is_record(value: object) -> bool:
+    """Tell whether a value has what its readers rely on."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("kind"), str)
+        and isinstance(value.get("step"), int)
+        and isinstance(value.get("seconds", 0.0), int | float)
+    )
 
 
 def records_until(records: Iterable[Record], step: int, evaluated: int | None) -> list[Record]:

@@ -152,7 +152,7 @@ class Folder:
             return
         durable.remove_temporaries(self.path)
         earlier = own_files(self.path)
-        if self._plan.resumed is not None:
+        if self._plan.resumed and _is_in(self._plan.resumed.path, self.path):
             start = self._plan.state.step
             earlier = [name for name in earlier if _is_later(self.path / name, start)]
         if earlier:
@@ -173,6 +173,10 @@ class Folder:
             )
 
 
+def _is_in(path: Path, folder: Path) -> bool:
+    return path.parent.resolve() == folder.resolve()
+
+
 def _is_later(path: Path, step: int) -> bool:
     """Tell whether a file of the folder is a checkpoint of a later step, or not a good one."""
     if path.name == METRICS:
@@ -181,7 +185,7 @@ def _is_later(path: Path, step: int) -> bool:
         return int(path.stem.removeprefix("step_")) > step
     try:
         later: bool = load_checkpoint(path, device="cpu")["step"] > step
-    except CheckpointError:
+    except (CheckpointError, FileNotFoundError):  # the latter for a link to nowhere
         return True
     return later
 
@@ -263,9 +267,11 @@ class Reporter:
         if self._losses:
             say(f"training loss: first logged {self._losses[0]:.4f}, last {self._losses[-1]:.4f}")
         if scores.val_loss is not None:
+            known = scores.best_step is not None  # not by the checkpoint of a plain loop
             say(
-                f"validation loss (wiki): {scores.val_loss:.4f} nats; "
-                f"best {scores.best_val_loss:.4f} after step {scores.best_step}"
+                f"validation loss (wiki): {scores.val_loss:.4f} nats; best "
+                f"{scores.best_val_loss:.4f}"
+                f"{f' after step {scores.best_step}' if known else ' before this run'}"
             )
         say(f"files: {self._plan.out}")
 

@@ -62,7 +62,15 @@ def locate(
     *,
     write_cache: bool = True,
 ) -> StreamBuildConfig:
-    """Return where the sources are read from: as given, None for the default place."""
+    """Return where the sources are read from: as given, None for the default place.
+
+    FileNotFoundError for a place that is given and is not there: only at its default place may
+    a source be absent.
+    """
+    if roam is not None and not Path(roam).is_dir():
+        raise FileNotFoundError(f"--roam {roam}: no such folder")
+    if primer is not None and not Path(primer).is_file():
+        raise FileNotFoundError(f"--primer {primer}: no such file")
     cfg = StreamBuildConfig(wiki_root=wiki, write_cache=write_cache)
     if roam is not None:
         cfg = replace(cfg, roam_root=roam)

@@ -212,6 +212,10 @@ def test_build_needs_what_is_named_only(niels, root, texts, tmp_path):
     assert "note: roam: left out (no notes" in result.stderr
     named = niels("data", "build", "--wiki", texts / "wiki", "--roam", tmp_path / "absent")
     assert (named.exit_code, named.stdout) == (2, "")
+    assert f"--roam {tmp_path / 'absent'}: no such folder" in named.stderr
+    (tmp_path / "absent").mkdir()
+    named = niels("data", "build", "--wiki", texts / "wiki", "--roam", tmp_path / "absent")
+    assert (named.exit_code, named.stdout) == (2, "")
     assert "source 'roam' cannot be built" in named.stderr
 
 

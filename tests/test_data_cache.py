@@ -41,7 +41,8 @@ def test_damage_is_never_served(cached, name, data):
     whole = (cached / name).read_bytes()
     start = data.draw(st.integers(0, len(whole)), label="start")
     end = data.draw(st.integers(start, len(whole)), label="end")
-    patch = data.draw(st.binary(max_size=9) | st.just(whole[start:end]), label="patch")
+    flipped = bytes(byte ^ 1 for byte in whole[start:end])
+    patch = data.draw(st.binary(max_size=9) | st.sampled_from([whole[start:end], flipped]))
     (cached / name).write_bytes(whole[:start] + patch + whole[end:])
     assert read(cached) in (None, STREAM)
     if name == "s.bin" and whole[:start] + patch + whole[end:] != whole:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import ValuesView
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,12 @@ def columns() -> dict[str, dict[str, list[str]]]:
     return {split: {"text": [row["text"] for row in rows]} for split, rows in ROWS.items()}
 
 
-@pytest.mark.parametrize("hub", [ROWS, columns()])
+def rows_without_an_index() -> dict[str, ValuesView[dict[str, str]]]:
+    """Give rows that can only be gone through."""
+    return {split: dict(enumerate(rows)).values() for split, rows in ROWS.items()}
+
+
+@pytest.mark.parametrize("hub", [ROWS, columns(), rows_without_an_index()])
 def test_the_splits_are_renamed_and_blank_lines_dropped(monkeypatch, hub):
     calls = []
     monkeypatch.setattr(wikitext, "load_dataset", lambda *a: calls.append(a) or hub)

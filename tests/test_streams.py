@@ -338,6 +338,7 @@ def test_a_cached_stream_serves_only_its_own_origin(home, monkeypatch, text):
     shutil.copytree(home / "wiki", other)
     (other / "train.txt").write_text("another text" * 9)
     build_sources(wiki_only(home, wiki_root=other))
+    build_sources(wiki_only(home, wiki_fallback=True))
     cfg = wiki_only(home, wiki_fallback=True, wiki_root=home / "wiki" if "folder" in text else None)
     if "WikiText" in text:
         monkeypatch.setattr(streams, "load_wikitext", lambda: WIKITEXT)

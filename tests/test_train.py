@@ -166,6 +166,41 @@ def test_a_fresh_run_moves_an_earlier_one_aside_and_nothing_else(train, tmp_path
     assert (out / "notes.txt").exists()
 
 
+def test_a_resume_into_another_folder_moves_aside_all_that_another_run_left_there(train, tmp_path):
+    train("--out", tmp_path / "a")
+    train("--out", tmp_path / "b", "--set", "train.seed=1")
+    before = contents(tmp_path / "b")
+    numbers = (tmp_path / "b" / "metrics.jsonl").read_bytes()
+    result = train("--resume", tmp_path / "a" / "step_0000006.pt", "--out", tmp_path / "b")
+    assert result.exit_code == 0, result.stderr
+    assert contents(tmp_path / "b" / "earlier-001") == before
+    assert (tmp_path / "b" / "earlier-001" / "metrics.jsonl").read_bytes() == numbers
+    whole = contents(tmp_path / "a")
+    assert all(whole[name] == data for name, data in contents(tmp_path / "b").items())
+
+
+def test_a_link_to_nowhere_in_the_place_of_a_checkpoint_moves_aside(train, tmp_path):
+    out = tmp_path / "out"
+    train("--out", out)
+    whole = contents(out)
+    (out / "latest.pt").unlink()
+    (out / "latest.pt").symlink_to("nowhere")
+    result = train("--resume", out / "step_0000004.pt")
+    assert result.exit_code == 0, result.stderr
+    assert contents(out) == whole
+
+
+def test_metrics_that_another_program_wrote_end_where_they_are_no_records(train, tmp_path):
+    out = tmp_path / "out"
+    train("--out", out)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": [], "step": 1, "seconds": "x"}\n')
+    before = metrics(out)
+    result = train("--resume", out / "step_0000004.pt")
+    assert result.exit_code == 0, result.stderr
+    assert metrics(out) == before[:-1]
+
+
 def test_resume_latest_takes_the_newest_good_one_and_says_what_it_skipped(train, tmp_path):
     out = tmp_path / "out"
     train("--out", out)
@@ -197,12 +232,13 @@ def test_a_checkpoint_of_an_imperative_loop_resumes(train, tmp_path):
         "model_state": model.state_dict(),
         "optimizer_state": optimizer.state_dict(),
         "step": 3,
-        "best_val_loss": None,
+        "best_val_loss": 2.0,
     }
     torch.save(payload, tmp_path / "plain.pt")
     result = train("--resume", tmp_path / "plain.pt", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     assert "not bit-exact" in result.stderr
+    assert "best 2.0000 before this run" in result.stdout
     assert load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")["step"] == 7
 
 
@@ -235,6 +271,9 @@ def test_resuming_on_other_text_is_refused_unless_allowed(train, tmp_path, texts
         (["--resume", "latest", "--out", "nowhere"], ["nowhere"]),
         (["--device", "toaster"], ["toaster"]),
         (["--wiki", "missing"], ["missing"]),
+        (["--roam", "missing"], ["--roam missing: no such folder"]),
+        (["--primer", "missing"], ["--primer missing: no such file"]),
+        (["--resume", "."], ["--resume .: is a folder", "--resume latest --out ."]),
         (["--config", "missing.json"], ["missing.json"]),
         (["--out", "tiny.json"], ["tiny.json"]),
         (["--unknown"], ["--unknown"]),
@@ -270,6 +309,7 @@ def test_a_second_run_in_the_same_folder_is_refused_with_the_pid_of_the_first(tr
 
 
 def test_notes_that_are_absent_are_left_out_and_that_is_said(train, tmp_path):
+    (tmp_path / "no-notes").mkdir()
     result = train("--out", tmp_path / "out", roam=tmp_path / "no-notes")
     assert result.exit_code == 0, result.stderr
     assert "roam: left out" in result.stderr
@@ -316,6 +356,28 @@ def test_a_reader_that_goes_away_does_not_end_the_training(config, texts, tmp_pa
     assert load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")["step"] == 7
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_streams_that_are_closed_from_the_start_do_not_end_the_training(
+    config, texts, tmp_path, closed
+):
+    command = (
+        f"{sys.executable} -m niels_gpt train --config {config} --wiki {texts}/wiki --device cpu "
+        f"--roam {texts}/notes --out {tmp_path}/out {closed}"
+    )
+    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, timeout=120)
+    assert result.returncode == 0
+    assert load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")["step"] == 7
+
+
+def test_a_name_that_the_streams_encoding_lacks_does_not_silence_it(niels_process, config, texts):
+    where = ["--wiki", texts / "wiki", "--roam", texts / "notes", "--out", "\N{SEEDLING}"]
+    args = ["train", "--config", config, "--device", "cpu", *where]
+    result = niels_process(*args, PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+    assert "files: ?\n" in result.stdout
+    assert "resume with" in result.stdout
+
+
 def test_a_full_disk_behind_the_log_does_not_end_the_training(config, texts, tmp_path):
     command = (
         f"{sys.executable} -m niels_gpt train --config {config} --wiki {texts}/wiki --device cpu "
@@ -328,12 +390,44 @@ def test_a_full_disk_behind_the_log_does_not_end_the_training(config, texts, tmp
     assert load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")["step"] == 7
 
 
-def test_a_dry_run_writes_nothing(train, tmp_path):
+def test_a_dry_run_writes_nothing(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("niels_gpt.paths.REPO_ROOT", tmp_path)  # where the cache would be
     before = sorted(tmp_path.rglob("*"))
     result = train("--out", tmp_path / "out", "--dry-run")
     assert result.exit_code == 0, result.stderr
     assert "parameters" in result.stdout
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("out", ["tiny.json", "tiny.json/out", "locked/out"])
+def test_a_dry_run_refuses_a_folder_that_the_run_could_not_use(train, tmp_path, monkeypatch, out):
+    (tmp_path / "locked").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))
+    result = train("--out", tmp_path / out, "--dry-run")
+    monkeypatch.setattr(os, "access", access)
+    assert result.exit_code == 2
+    assert str(tmp_path / out.split("/")[0]) in result.stderr
+
+
+def test_what_goes_wrong_in_a_dry_run_is_told_in_one_message(train, monkeypatch):
+    def fail(plan):
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr("niels_gpt.estimate.estimate", fail)
+    result = train("--dry-run")
+    assert (result.exit_code, result.stderr) == (2, "error: not enough memory\n")
+
+
+def test_a_signal_ends_a_dry_run_at_once(train, monkeypatch):
+    def stay(plan):
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr("niels_gpt.estimate.estimate", stay)
+    result = train("--dry-run")
+    assert result.exit_code == 143
+    assert "nothing to save" in result.stderr
 
 
 def test_the_command_runs_in_process_and_finds_its_sources_at_call_time(

@@ -43,6 +43,9 @@ def _load_from_hub() -> Any:
 
 
 def _texts(split: Any) -> list[str]:
-    """Read the text column of a hub dataset (fast), or of a plain list of rows."""
-    column = (row["text"] for row in split) if isinstance(split, list) else split["text"]
+    """Read the text column of a hub dataset (fast), or of plain rows."""
+    try:
+        column = split["text"]
+    except TypeError:
+        column = (row["text"] for row in split)
     return [text for text in column if text.strip()]
