@@ -205,6 +205,8 @@ def say_opening(plan: Plan, console: Console) -> None:
     step_bytes = state.train_cfg.B * state.model_cfg.T
     environment = ", ".join(f"{name} {value}" for name, value in plan.environment.items())
     console.say(f"{count:,} parameters, {step_bytes:,} bytes a step; {environment}")
+    chosen = "compiled" if plan.environment["compile"] else "not compiled"
+    console.say(f"the step is {chosen}: {plan.why_compile} (--compile or --no-compile to choose)")
     if plan.resumed:
         console.say(f"resuming {plan.resumed.path} after step {state.step}")
 

@@ -96,7 +96,7 @@ def test_absent_sources_are_left_out_unless_named(niels, evaluation, texts, tmp_
     assert "'roam' cannot be built" in named.stderr
     given = niels("evaluate", "--ckpt", "m.pt", "--device", "cpu", *where, "--roam", "mistyped")
     assert (given.exit_code, given.stdout) == (2, "")
-    assert "mistyped, which is no folder" in given.stderr
+    assert "mistyped: no such folder" in given.stderr
 
 
 @pytest.mark.parametrize(
