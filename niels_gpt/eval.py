@@ -46,14 +46,16 @@ def eval_loss_on_stream(
 ) -> float:
     """Return the mean cross entropy in nats of a module over `eval_steps` batches of a stream.
 
-    The module's training mode is restored, also when this raises. Its result is `evaluate`'s.
+    The training mode of each of its modules is restored, also when this raises. Its result is
+    `evaluate`'s.
     """
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         return _mean_loss(model, stream, B=B, T=T, device=device, eval_steps=eval_steps, seed=seed)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def eval_batches(

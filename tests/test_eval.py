@@ -102,6 +102,14 @@ def test_nothing_is_changed():
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+def test_a_part_that_was_frozen_in_another_mode_stays_so():
+    model = GPT(SMALL).train()
+    model.blocks[0].eval()
+    before = [m.training for m in model.modules()]
+    of_module(model)
+    assert [m.training for m in model.modules()] == before
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_of_the_module_is_restored(training):
     model = GPT(SMALL).train(training)

@@ -42,6 +42,13 @@ def test_tables_take_dtype_and_device():
     assert all(t.device.type == "meta" for t in rope_cache(3, 4, device="meta"))
 
 
+def test_tables_of_float64_are_that_exact():
+    sin, cos = rope_cache(256, 64, dtype=torch.float64)
+    angle = torch.arange(256, dtype=torch.float64) * 10_000.0 ** (-2 / 64)
+    torch.testing.assert_close(sin[0, 0, :, 1], angle.sin(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(cos[0, 0, :, 1], angle.cos(), rtol=0, atol=1e-12)
+
+
 def test_an_odd_head_width_is_refused():
     with pytest.raises(ValueError, match="D=5"):
         rope_cache(4, 5)

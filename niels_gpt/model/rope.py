@@ -19,20 +19,21 @@ def rope_cache(
 ) -> tuple[Tensor, Tensor]:
     """Tabulate sin and cos of `angle[pos, i] = pos * theta ** (-2i/D)`, each (1, 1, T, D//2).
 
-    The T positions begin at `start`. Angles are computed in float32 (MPS has no float64) and then
-    cast to `dtype`.
+    The T positions begin at `start`. Angles are computed in float32, in float64 only for tables of
+    that (MPS has none), and then cast to `dtype`.
 
     Raises:
         ValueError: if D is odd.
     """
     if D % 2:
         raise ValueError(f"rotary embedding pairs neighbours, so D must be even, got D={D}")
-    inv_freq = torch.tensor(
-        [theta ** (-2 * i / D) for i in range(D // 2)], dtype=torch.float32, device=device
-    )
-    pos = torch.arange(start, start + T, dtype=torch.float32, device=device)
-    angle = pos[:, None] * inv_freq  # (T, D//2)
     dtype = dtype or torch.float32
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    inv_freq = torch.tensor(
+        [theta ** (-2 * i / D) for i in range(D // 2)], dtype=exact, device=device
+    )
+    pos = torch.arange(start, start + T, dtype=exact, device=device)
+    angle = pos[:, None] * inv_freq  # (T, D//2)
     return angle.sin().to(dtype)[None, None], angle.cos().to(dtype)[None, None]
 
 
