@@ -119,7 +119,7 @@ def _causal_softmax(q: Tensor, k: Tensor) -> Tensor:
     future = torch.full((n, n), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
     bias = F.pad(future, (m - n, 0))  # (n, m)
     scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT)
-    return scores.softmax(-1).unflatten(0, q.shape[:2])
+    return scores.softmax(-1).reshape(*q.shape[:2], n, m)
 
 
 class _Prefixes(torch.autograd.Function):
@@ -155,7 +155,8 @@ def prefixes(x: Tensor, stops: tuple[int, ...]) -> tuple[Tensor, ...]:
     """
     if torch.compiler.is_compiling():
         return tuple(x[..., :stop, :] for stop in stops)
-    return _Prefixes.apply(x, stops)
+    parts: tuple[Tensor, ...] = _Prefixes.apply(x, stops)  # type: ignore[no-untyped-call]
+    return parts
 
 
 class MLP(nn.Module):
