@@ -9,7 +9,8 @@ import click
 import torch
 
 from benchmarks.rows import ROWS, Effort, Figure
-from benchmarks.timing import describe_machine, keep_freed_memory
+from benchmarks.timing import describe_machine
+from niels_gpt.allocator import keep_freed_memory
 
 
 @click.command()

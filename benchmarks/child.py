@@ -20,8 +20,8 @@ import click
 import torch
 
 from benchmarks.sides import SIDES, make_side
-from benchmarks.timing import keep_freed_memory
 from niels_gpt import launch, run
+from niels_gpt.allocator import keep_freed_memory
 from niels_gpt.config import load_config_from_json
 from niels_gpt.options import TrainOptions
 from niels_gpt.step import train_step

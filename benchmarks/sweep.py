@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 import click
 import torch
 
-from benchmarks.timing import describe_machine, keep_freed_memory, median_seconds
+from benchmarks.timing import describe_machine, median_seconds
 from niels_gpt import ModelConfig, TrainConfig, make_state, sweep
+from niels_gpt.allocator import keep_freed_memory
 from niels_gpt.plan import Text
 from niels_gpt.replay import advance
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import statistics
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 
 SGEMM_SIZE = 2048
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc malloc.h
 
 
 def median_seconds(
@@ -45,19 +43,6 @@ def make_sgemm() -> Callable[[], object]:
 
 def sgemm_flops() -> int:
     return 2 * SGEMM_SIZE**3
-
-
-def keep_freed_memory() -> bool:
-    """Stop glibc from returning large tensors to the system; False where there is no glibc.
-
-    Both sides of every comparison run under this setting.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    return bool(
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    )
 
 
 def describe_machine() -> dict[str, Any]:

@@ -13,11 +13,11 @@ import torch
 from benchmarks.sides import imperative_side, our_side
 from benchmarks.timing import (
     describe_machine,
-    keep_freed_memory,
     make_sgemm,
     median_seconds,
     sgemm_flops,
 )
+from niels_gpt.allocator import keep_freed_memory
 from niels_gpt.config import load_config_from_json
 from niels_gpt.flops import step_flops
 

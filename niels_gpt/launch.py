@@ -11,6 +11,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
+from niels_gpt.allocator import keep_freed_memory
 from niels_gpt.config import find_config, load_config_from_json
 from niels_gpt.console import Console
 from niels_gpt.failures import USER_ERRORS, describe
@@ -47,6 +48,7 @@ def carry_out(options: TrainOptions) -> int:
 def _prepare(options: TrainOptions, locks: contextlib.ExitStack) -> Plan:
     """Check the config before torch is imported, so that a mistake is told at once."""
     model_cfg, train_cfg = load_config_from_json(find_config(options.config), options.overrides)
+    keep_freed_memory()
     # Torch has no use for NumPy here, and says on import that it is not there.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     from niels_gpt import durable

@@ -9,6 +9,9 @@ from niels_gpt import ModelConfig, TrainConfig, compiled, make_state, train_step
 from niels_gpt.checkpoint import load_checkpoint
 from niels_gpt.compiled import choose_step, compile_step, step_difference
 from niels_gpt.loss import block_gradients
+from niels_gpt.model.gpt import skeleton
+from niels_gpt.plan import choose_compile
+from niels_gpt.step import dropout_of_step
 
 MODEL = ModelConfig(T=8, C=8, L=1, H=2, d_ff=8, dropout=0.2)
 TRAIN = TrainConfig(B=4)
@@ -25,19 +28,19 @@ def batch():
     return ids[:, :-1], ids[:, 1:]
 
 
-def wrong(params, block, keys, cfg, B):
+def wrong(params, block, keys, model, B):
     """Compute gradients with one element off by a hundredth."""
-    grads, loss = block_gradients(params, block, keys, cfg, B)
+    grads, loss = block_gradients(params, block, keys, model, B)
     grads["ln_f.weight"] = grads["ln_f.weight"] + 0.01 * grads["ln_f.weight"].abs().max()
     return grads, loss
 
 
-def not_a_number(params, block, keys, cfg, B):
-    grads, loss = block_gradients(params, block, keys, cfg, B)
+def not_a_number(params, block, keys, model, B):
+    grads, loss = block_gradients(params, block, keys, model, B)
     return {name: g * float("nan") for name, g in grads.items()}, loss
 
 
-def broken(params, block, keys, cfg, B):
+def broken(params, block, keys, model, B):
     raise TypeError("no compiler here\nand a long story")
 
 
@@ -100,3 +103,44 @@ def test_the_choice_is_recorded_and_a_resume_inherits_it(niels, texts, tmp_path,
     assert niels(*args, "--resume", "latest", "--set", "train.total_steps=4").exit_code == 0
     assert chosen == [0, 2]
     assert compiled.TOLERANCE < 0.01
+
+
+LONG = TrainConfig(total_steps=1000)  # of the default model: 1.7e14 operations
+
+
+@pytest.mark.parametrize(
+    ("asked", "inherited", "device", "cfg", "compiler", "expected"),
+    [
+        (None, None, "cpu", LONG, "c++", True),
+        (None, None, "cpu", LONG, None, False),
+        (None, None, "mps", LONG, "c++", False),
+        (None, None, "cpu", TrainConfig(total_steps=100, warmup_steps=10), "c++", False),
+        (None, False, "cpu", LONG, "c++", False),
+        (None, True, "mps", TrainConfig(total_steps=100, warmup_steps=10), "c++", True),
+        (False, True, "cpu", LONG, "c++", False),
+        (True, None, "mps", LONG, None, True),
+    ],
+)
+def test_what_decides_whether_to_compile(
+    asked, inherited, device, cfg, compiler, expected, monkeypatch
+):
+    monkeypatch.setattr("shutil.which", lambda name: compiler)
+    chosen, why = choose_compile(asked, inherited, device, ModelConfig(), cfg)
+    assert chosen == expected
+    assert why
+
+
+def test_the_whole_block_is_one_graph(state, batch):
+    """A break would leave parts of it to eager execution, and only the time would tell."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    of_block = torch.compile(block_gradients, backend=backend, dynamic=False, fullgraph=True)
+    drop = dropout_of_step(1, 0, range(4), MODEL)
+    grads, _ = of_block(state.params, batch, drop, skeleton(MODEL), 4)
+    expected, _ = block_gradients(state.params, batch, drop, skeleton(MODEL), 4)
+    torch.testing.assert_close(grads, expected)
+    assert len(graphs) == 1

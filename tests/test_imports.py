@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LEAVES = "paths device tokenizer chat_format rng config lr_schedule flops"
+LEAVES = "paths device tokenizer chat_format rng config lr_schedule flops allocator"
 MODEL = "dropout model.rope model.blocks model.gpt model"
 CORE = "optim loss state batching step eval"
 SOURCES = "data.split data.roam data.primer data.wikitext data.python_docs data durable data.cache"

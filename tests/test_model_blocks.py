@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from niels_gpt import ModelConfig, dropout
 from niels_gpt.model import rope
-from niels_gpt.model.blocks import MLP, Block, CausalSelfAttention, init_weights
+from niels_gpt.model.blocks import MLP, Block, CausalSelfAttention, init_weights, prefixes
 from tests import reference
 from tests.strategies import model_configs
 
@@ -101,6 +101,21 @@ def test_no_two_blocks_of_queries_share_a_draw(T, monkeypatch):
     attention()(normal(1, T, CFG.C), drop=row_keys(1)[:, 0])
     assert len(drawn) == math.ceil(T / 64)
     assert all(a.stop <= b.start for a, b in itertools.pairwise(drawn))
+
+
+@pytest.mark.parametrize("stops", [(5,), (2, 4, 5), (1, 2, 3, 4, 5)])
+def test_prefixes_are_slices_in_every_derivative(stops):
+    x = normal(2, 3, 5, 2).double().requires_grad_()
+
+    def weighted(x):
+        return tuple(part.square() * (i + 1) for i, part in enumerate(prefixes(x, stops)))
+
+    for part, stop in zip(prefixes(x, stops), stops, strict=True):
+        assert torch.equal(part, x[..., :stop, :])
+    assert torch.autograd.gradcheck(weighted, (x,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(weighted, (x,))
+    each = torch.func.vmap(lambda x: prefixes(x, stops))(x)
+    assert all(torch.equal(a, b) for a, b in zip(each, prefixes(x, stops), strict=True))
 
 
 @pytest.mark.parametrize("tables", [None, rope.rope_cache(200, CFG.C // CFG.H)])
