@@ -17,6 +17,7 @@ DURABLE = "tests/test_durable.py"
 CHECKPOINT = "tests/test_checkpoint.py"
 ROUND_TRIP = "tests/test_checkpoint_roundtrip.py"
 HOSTILE = "tests/reliability/test_hostile_files.py"
+TRAIN = "tests/test_train.py"
 DAMAGED = "tests/reliability/test_damaged_files.py"
 
 
@@ -257,6 +258,20 @@ MUTANTS = {
         "",
         CHECKPOINT,
         "shows_the_diff",
+    ),
+    "batches counted anew in a resume": Mutant(
+        "run",
+        "        cfg.seed,\n        step,\n",
+        "        cfg.seed,\n        step - plan.state.step,\n",
+        TRAIN,
+        "ends_in_the_same_bytes",
+    ),
+    "metrics not cut back on a resume": Mutant(
+        "plan",
+        "records = records_until(metrics, state.step, scores.val_step)",
+        "records = metrics",
+        TRAIN,
+        "ends_in_the_same_bytes",
     ),
 }
 
