@@ -12,6 +12,7 @@ import click
 
 from niels_gpt import __version__
 from niels_gpt.failures import describe
+from niels_gpt.terminal import give_up
 
 COMMANDS = {
     "train": "niels_gpt.train:main",
@@ -50,6 +51,7 @@ class LazyGroup(click.Group):
         except OSError as error:
             if error.errno == errno.EPIPE:  # `| head`, which click knows
                 raise
+            give_up(sys.stdout)
             click.echo(f"error: {describe(error)}", err=True)
             ctx.exit(1)
 

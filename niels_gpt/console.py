@@ -4,12 +4,13 @@ A reader that goes away (`| head`) or a full disk behind a log must not end a tr
 stream that cannot be written is given up.
 """
 
-import contextlib
 import os
 import sys
 from typing import TextIO
 
 import click
+
+from niels_gpt.terminal import give_up
 
 
 class Console:
@@ -51,7 +52,7 @@ def _write(text: str, stream: TextIO | None) -> None:
     try:
         click.echo(text.encode(encoding, "replace").decode(encoding), file=stream, nl=False)
     except (OSError, ValueError):  # ValueError: the stream is closed
-        _give_up(stream)
+        give_up(stream)
 
 
 def _fill_closed_descriptors() -> None:
@@ -59,9 +60,3 @@ def _fill_closed_descriptors() -> None:
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(fd)
-
-
-def _give_up(stream: TextIO) -> None:
-    """Let what is still written to this stream vanish, also what its buffer holds at exit."""
-    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), stream.fileno())

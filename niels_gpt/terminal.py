@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 import click
 
@@ -22,9 +23,14 @@ def write(text: str) -> None:
     try:
         click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
     except BrokenPipeError:
-        with open(os.devnull, "w") as nowhere:  # what the buffer still holds vanishes at exit
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        give_up(sys.stdout)
         sys.exit(0)
+
+
+def give_up(stream: TextIO) -> None:
+    """Let what is still written to this stream vanish, also what its buffer holds at exit."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def note(text: str) -> None:

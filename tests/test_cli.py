@@ -65,6 +65,7 @@ def test_a_full_disk_is_one_message_and_code_1():
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": ""},  # what the buffer holds is written at exit
         )
     assert result.returncode == 1
     assert result.stderr.startswith("error: ")

@@ -79,10 +79,10 @@ def main(
         from niels_gpt.streams import locate
 
         plot.check_paths(picture)
-        if picture and not plot.have_matplotlib():
-            raise ValueError(f"--picture needs matplotlib; {plot.INSTALL}")
         if lost := [path for path in picture if not path.parent.is_dir()]:
             raise ValueError(f"--picture {lost[0]}: there is no folder {lost[0].parent}; make it")
+        if picture and not plot.have_matplotlib():
+            raise ValueError(f"--picture needs matplotlib; {plot.INSTALL}")
         device = resolve_device(device)
         model_cfg, train_cfg = load_config_from_json(find_config(config), overrides)
         cfgs = sweep.grid(
