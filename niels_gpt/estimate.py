@@ -4,6 +4,7 @@ Nothing is written and the plan's state is not changed: a step returns a new one
 """
 
 import io
+import json
 import math
 import os
 import resource
@@ -32,8 +33,11 @@ from niels_gpt.step import batch_of_step, train_step
 TIMED_STEPS = 2
 
 
-def estimate(plan: Plan) -> str:
+def estimate(plan: Plan, *, as_json: bool = False) -> str:
     """Return what `train --dry-run` prints: the sources, and what the run will cost."""
+    if as_json:
+        found = {"notes": plan.notes, "sources": plan.sources, **costs(plan)}
+        return json.dumps(found, indent=2, ensure_ascii=False)
     return "\n".join([*_source_lines(plan), *_cost_lines(costs(plan))])
 
 

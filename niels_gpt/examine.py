@@ -61,8 +61,10 @@ def checkpoints_in(path: Path) -> list[Path]:
     """Return the checkpoints of a folder, or the file itself.
 
     Raises:
-        FileNotFoundError: if a folder has none.
+        FileNotFoundError: if there is no such path, or no checkpoint in the folder.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
     if not path.is_dir():
         return [path]
     found = [path / name for name in own_files(path) if name.endswith(".pt")]

@@ -32,7 +32,7 @@ def carry_out(options: TrainOptions) -> int:
                 if options.dry_run:
                     from niels_gpt.estimate import estimate
 
-                    console.say(estimate(plan))
+                    console.say(estimate(plan, as_json=options.as_json))
                     return 0
         except Stopped as stopped:
             console.warn(f"stopped by {stopped} before the first step: nothing to save")

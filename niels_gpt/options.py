@@ -18,4 +18,5 @@ class TrainOptions:
     primer: Path | None = None
     compile: bool | None = None
     dry_run: bool = False
+    as_json: bool = False
     allow_data_change: bool = False

@@ -32,6 +32,7 @@ _NAME = click.Path()  # a str: a word may stand for a file; the type completes f
 @click.option("--primer", type=_FOLDER, metavar="FILE", help="Chat primer.")
 @click.option("--compile/--no-compile", "compile_step", default=None, help="Compile the step.")
 @click.option("--dry-run", is_flag=True, help="Check and estimate everything, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the estimate as JSON.")
 @click.option("--allow-data-change", is_flag=True, help="Resume on text other than before.")
 def main(
     config: str,
@@ -44,9 +45,12 @@ def main(
     primer: Path | None,
     compile_step: bool | None,
     dry_run: bool,
+    as_json: bool,
     allow_data_change: bool,
 ) -> None:
     """Train a byte-level GPT from a JSON config."""
+    if as_json and not dry_run:
+        raise click.UsageError("--json goes with --dry-run; a run writes metrics.jsonl")
     from niels_gpt.launch import carry_out
     from niels_gpt.options import TrainOptions
 
@@ -62,6 +66,7 @@ def main(
         compile=compile_step,
         allow_data_change=allow_data_change,
         dry_run=dry_run,
+        as_json=as_json,
     )
     raise SystemExit(carry_out(options))
 

@@ -170,12 +170,15 @@ def test_pictures_are_the_same_bytes_each_time(niels, log, tmp_path):
     assert [(tmp_path / name).read_bytes() for name in ("loss.png", "loss.svg")] == first
 
 
-@pytest.mark.usefixtures("needs_matplotlib")
 def test_a_picture_of_another_kind_is_refused(niels, log, tmp_path):
     result = niels("plot", log("a", RECORDS), "--out", "good.png", "--out", "loss.pdf")
     assert result.exit_code == 2
     assert "loss.pdf: pictures are .png or .svg" in result.stderr
     assert not (tmp_path / "good.png").exists()
+
+
+@pytest.mark.usefixtures("needs_matplotlib")
+def test_a_folder_that_is_not_there_is_told(niels, log):
     assert niels("plot", log("a", RECORDS), "--out", "absent/loss.png").exit_code == 2
 
 

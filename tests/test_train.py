@@ -396,7 +396,17 @@ def test_a_dry_run_writes_nothing(train, tmp_path, monkeypatch):
     result = train("--out", tmp_path / "out", "--dry-run")
     assert result.exit_code == 0, result.stderr
     assert "parameters" in result.stdout
+    found = json.loads(train("--out", tmp_path / "out", "--dry-run", "--json").stdout)
+    assert found["sources"]["train"]["wiki"]["bytes"] > 0
+    assert found["seconds_per_step"] > 0
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_json_without_a_dry_run_is_refused(train, tmp_path):
+    result = train("--out", tmp_path / "out", "--json")
+    assert result.exit_code == 2
+    assert "--json goes with --dry-run" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("out", ["tiny.json", "tiny.json/out", "locked/out"])
@@ -411,7 +421,7 @@ def test_a_dry_run_refuses_a_folder_that_the_run_could_not_use(train, tmp_path, 
 
 
 def test_what_goes_wrong_in_a_dry_run_is_told_in_one_message(train, monkeypatch):
-    def fail(plan):
+    def fail(plan, as_json):
         raise RuntimeError("not enough memory")
 
     monkeypatch.setattr("niels_gpt.estimate.estimate", fail)
@@ -420,7 +430,7 @@ def test_what_goes_wrong_in_a_dry_run_is_told_in_one_message(train, monkeypatch)
 
 
 def test_a_signal_ends_a_dry_run_at_once(train, monkeypatch):
-    def stay(plan):
+    def stay(plan, as_json):
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("went on")
 

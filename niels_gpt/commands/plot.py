@@ -40,6 +40,7 @@ def main(
     checkpoints). Draws with matplotlib; where that is not installed, prints the numbers.
     """
     with exit_on_failure(2):
+        plot.check_paths(out)
         given = list(runs) or [paths.CHECKPOINT_DIR]
         found = [plot.read_curves(path, x) for path in given]
         labels = plot.distinct_labels([run.label for run in found])
