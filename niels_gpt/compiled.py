@@ -1,54 +1,80 @@
-"""The step with its gradients compiled by `torch.compile`, and the check that comes before its use.
+"""The step with its parts compiled by `torch.compile`, and the check that comes before its use.
 
 What is compiled is `block_gradients`, from outside the `torch.func` transform (inside is rejected),
-once for the shape of a block; the loop over blocks, the clip and AdamW stay as they are.
+once for the shape of a block, and `update` (the clip and AdamW). The loop over blocks stays eager.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from niels_gpt.loss import Batch, block_gradients, gradients
+from niels_gpt.optim import Tree, update
 from niels_gpt.state import TrainState
-from niels_gpt.step import train_step
+from niels_gpt.step import GradientFunction, UpdateFunction, train_step
 
 StepFunction = Callable[[TrainState, Batch, float], tuple[TrainState, dict[str, Tensor]]]
 
-TOLERANCE = 1e-3  # of the largest element of each gradient; rounding gives about 1e-5
+TOLERANCE = 1e-3  # of the largest element of each tensor; rounding gives about 1e-5
 
 
 def compile_step() -> StepFunction:
-    """Return `train_step` with compiled gradients; compilation happens on the first call."""
+    """Return `train_step` of compiled parts; compilation happens on the first call."""
+    gradients, update = compile_parts()
+    return partial(train_step, gradients=gradients, update=update)
+
+
+def compile_parts() -> tuple[GradientFunction, UpdateFunction]:
+    """Return `gradients` and `update`, compiled."""
     of_block = torch.compile(block_gradients, dynamic=False, fullgraph=True)
-    return partial(train_step, gradients=partial(gradients, of_block=of_block))
+    of_numbers = torch.compile(update, dynamic=False, fullgraph=True)
+
+    def compiled_update(*trees: Any, count: int, lr: float | Tensor, **fixed: Any) -> Any:
+        """Pass what changes at every step as tensors: numbers would be compiled in."""
+        return of_numbers(*trees, count=torch.tensor(count), lr=torch.as_tensor(lr), **fixed)
+
+    return partial(gradients, of_block=of_block), compiled_update
 
 
-def step_difference(a: TrainState, b: TrainState) -> float:
-    """Return the largest difference of two steps' first moments, relative to each tensor's largest.
+def tree_difference(a: Tree, b: Tree) -> Tensor:
+    """Return the largest difference, relative to the largest element of each tensor of a, 0-d.
 
-    The first moment moves by the gradient, without the sign-like division of AdamW's update. NaN
-    anywhere gives NaN.
+    NaN anywhere gives NaN.
     """
-    ratios = [
-        (a.mu[name] - b.mu[name]).abs().max() / a.mu[name].abs().max().clamp(min=1e-12)
-        for name in a.mu
-    ]
-    return torch.stack(ratios).max().item()
+    return torch.stack(
+        [(a[name] - b[name]).abs().max() / a[name].abs().max().clamp(min=1e-12) for name in a]
+    ).max()
+
+
+def step_difference(state: TrainState, batch: Batch, parts: tuple[Any, Any]) -> float:
+    """Return how far a step of these `gradients` and `update` is from the eager one.
+
+    Of the gradients the first moments are compared, which they enter without the sign-like
+    division of AdamW; of the update everything, on equal gradients.
+    """
+    gradients, update = parts
+    lr = state.train_cfg.base_lr  # that of a first step can be 0 and would show nothing
+    eager, _ = train_step(state, batch, lr)
+    half, _ = train_step(state, batch, lr, gradients=gradients)
+    whole, _ = train_step(state, batch, lr, gradients=gradients, update=update)
+    pairs = [(eager.mu, half.mu), *zip(half[:3], whole[:3], strict=True)]
+    return torch.stack([tree_difference(a, b) for a, b in pairs]).max().item()
 
 
 def choose_step(
-    state: TrainState, batch: Batch, lr: float, say: Callable[[str], None]
+    state: TrainState, batch: Batch, say: Callable[[str], None]
 ) -> tuple[StepFunction, bool]:
     """Compile the step and compare it with the eager one on a batch; fall back where they differ.
 
     Returns:
         The step to use, and whether it is the compiled one.
     """
-    step = compile_step()
+    gradients, update = parts = compile_parts()
     try:
-        difference = step_difference(train_step(state, batch, lr)[0], step(state, batch, lr)[0])
+        difference = step_difference(state, batch, parts)
     except Exception as error:  # whatever a compiler may raise
         say(f"compile: failed, going on eagerly: {type(error).__name__}: {_first_line(error)}")
         return train_step, False
@@ -56,7 +82,7 @@ def choose_step(
         say(f"compile: the compiled step differs by {difference:.1e} from the eager one: not used")
         return train_step, False
     say(f"compile: used; the compiled step differs by {difference:.1e} from the eager one")
-    return step, True
+    return partial(train_step, gradients=gradients, update=update), True
 
 
 def _first_line(error: Exception) -> str:

@@ -109,8 +109,7 @@ def _time_steps(plan: Plan) -> tuple[TrainState, float]:
 def _step_function(plan: Plan) -> StepFunction:
     if not plan.environment["compile"]:
         return train_step
-    batch, lr = _batch(plan, plan.state.step), plan.state.train_cfg.base_lr
-    return choose_step(plan.state, batch, lr, lambda line: None)[0]
+    return choose_step(plan.state, _batch(plan, plan.state.step), lambda line: None)[0]
 
 
 def _batch(plan: Plan, step: int) -> Batch:

@@ -27,6 +27,22 @@ def clip_by_global_norm(grads: Tree, max_norm: float | Tensor) -> tuple[Tree, Te
     return {name: g * factor for name, g in grads.items()}, norm
 
 
+def update(
+    params: Tree,
+    grads: Tree,
+    mu: Tree,
+    nu: Tree,
+    *,
+    count: int | Tensor,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    max_norm: float | Tensor,
+) -> tuple[Tree, Tree, Tree, Tensor]:
+    """Clip, then apply AdamW: return new params, mu and nu, and the norm before the clip."""
+    grads, norm = clip_by_global_norm(grads, max_norm)
+    return *adamw(params, grads, mu, nu, count=count, lr=lr, weight_decay=weight_decay), norm
+
+
 def adamw(
     params: Tree,
     grads: Tree,

@@ -67,8 +67,7 @@ def _step_of(plan: Plan, folder: Folder, console: Console, stop: Stop) -> StepFu
         return train_step
     try:
         with stop.immediately():
-            batch, lr = _batch(plan, state.step), lr_of_step(state.step, state.train_cfg)
-            step, is_compiled = choose_step(state, batch, lr, console.say)
+            step, is_compiled = choose_step(state, _batch(plan, state.step), console.say)
     except Stopped:
         if plan.resumed is None:
             folder.save([LATEST], state, plan.scores)

@@ -1,7 +1,7 @@
 """The training step: a pure function from one state to the next.
 
 Everything random in step k is a function of (seed, k), so step k is the same in every run. The
-parts (`gradients`, `clip_by_global_norm`, `adamw`, `batch_of_step`, `dropout_of_step`) are public
+parts (`gradients`, `update` by clip and AdamW, `batch_of_step`, `dropout_of_step`) are public
 and take what may vary as arguments: other procedures are other compositions of them.
 """
 
@@ -14,13 +14,14 @@ from niels_gpt.batching import get_batch
 from niels_gpt.config import ModelConfig
 from niels_gpt.dropout import dropout_keys, sites
 from niels_gpt.loss import Batch, gradients
-from niels_gpt.optim import adamw, clip_by_global_norm
+from niels_gpt.optim import Tree, update
 from niels_gpt.rng import keyed_generator
 from niels_gpt.state import TrainState
 
 GradientFunction = Callable[
     [dict[str, Tensor], Batch, ModelConfig, Tensor | None], tuple[dict[str, Tensor], Tensor]
 ]
+UpdateFunction = Callable[..., tuple[Tree, Tree, Tree, Tensor]]  # as `optim.update`
 
 
 def train_step(
@@ -29,6 +30,7 @@ def train_step(
     lr: float | Tensor,
     *,
     gradients: GradientFunction = gradients,
+    update: UpdateFunction = update,
 ) -> tuple[TrainState, dict[str, Tensor]]:
     """Update once on a batch; return the next state and metrics. Neither argument is changed.
 
@@ -36,7 +38,8 @@ def train_step(
         state: after `state.step` updates.
         batch: x and y, each int64 (B, T), any B, T at most the config's.
         lr: learning rate of this update, a number or a 0-d tensor.
-        gradients: another way to compute what `loss.gradients` computes, such as a compiled one.
+        gradients, update: other ways to compute what `loss.gradients` and `optim.update` compute,
+            such as compiled ones.
 
     Returns:
         The new state, and 0-d tensors on its device: "loss", the mean cross entropy in nats of
@@ -45,9 +48,15 @@ def train_step(
     params, mu, nu, step, model_cfg, train_cfg = state
     drop = dropout_of_step(train_cfg.seed, step, range(len(batch[0])), model_cfg, batch[0].device)
     grads, loss = gradients(params, batch, model_cfg, drop)
-    grads, grad_norm = clip_by_global_norm(grads, train_cfg.grad_clip)
-    params, mu, nu = adamw(
-        params, grads, mu, nu, count=step + 1, lr=lr, weight_decay=train_cfg.weight_decay
+    params, mu, nu, grad_norm = update(
+        params,
+        grads,
+        mu,
+        nu,
+        count=step + 1,
+        lr=lr,
+        weight_decay=train_cfg.weight_decay,
+        max_norm=train_cfg.grad_clip,
     )
     new_state = TrainState(params, mu, nu, step + 1, model_cfg, train_cfg)
     return new_state, {"loss": loss, "grad_norm": grad_norm}

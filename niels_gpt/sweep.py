@@ -24,7 +24,7 @@ from niels_gpt.eval import evaluate
 from niels_gpt.flops import parameter_count
 from niels_gpt.loss import Batch, Tree, gradients, rows_per_block
 from niels_gpt.lr_schedule import lr_of_step
-from niels_gpt.optim import adamw, clip_by_global_norm
+from niels_gpt.optim import update
 from niels_gpt.plan import Text
 from niels_gpt.plot import COLOURS, MARKERS
 from niels_gpt.replay import advance
@@ -142,8 +142,17 @@ def stacked_step(
         weight_decay: Tensor,
     ) -> tuple[Tree, Tree, Tree, Tensor]:
         grads, loss = gradients(params, batch, model_cfg, keys)
-        grads, _ = clip_by_global_norm(grads, cfg.grad_clip)
-        return *adamw(params, grads, mu, nu, count=count, lr=lr, weight_decay=weight_decay), loss
+        params, mu, nu, _ = update(
+            params,
+            grads,
+            mu,
+            nu,
+            count=count,
+            lr=lr,
+            weight_decay=weight_decay,
+            max_norm=cfg.grad_clip,
+        )
+        return params, mu, nu, loss
 
     in_dims = (0, 0, 0, 0, None if keys is None else 0, 0, 0)
     params, mu, nu, losses = vmap(step, in_dims)(*stacked[:3], batch, keys, lr, weight_decay)

@@ -1,20 +1,20 @@
 """The compiled step: compared with the eager one before it is used, or not used."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from niels_gpt import ModelConfig, TrainConfig, compiled, make_state, train_step
 from niels_gpt.checkpoint import load_checkpoint
-from niels_gpt.compiled import choose_step, compile_step, step_difference
+from niels_gpt.compiled import choose_step, compile_step, tree_difference
 from niels_gpt.loss import block_gradients
-from niels_gpt.model.gpt import skeleton
+from niels_gpt.optim import update
 from niels_gpt.plan import choose_compile
-from niels_gpt.step import dropout_of_step
 
 MODEL = ModelConfig(T=8, C=8, L=1, H=2, d_ff=8, dropout=0.2)
-TRAIN = TrainConfig(B=4)
+TRAIN = TrainConfig(B=4, base_lr=0.1)
 
 
 @pytest.fixture
@@ -44,16 +44,27 @@ def broken(params, block, keys, model, B):
     raise TypeError("no compiler here\nand a long story")
 
 
+def without_decay(*trees, weight_decay, **more):
+    return update(*trees, weight_decay=0.0, **more)
+
+
 @pytest.mark.parametrize(
-    ("product", "word"),
-    [(wrong, "differs by"), (not_a_number, "nan"), (broken, "TypeError: no compiler here")],
+    ("compiled_form", "of", "word"),
+    [
+        (wrong, block_gradients, "differs by"),
+        (not_a_number, block_gradients, "nan"),
+        (broken, block_gradients, "TypeError: no compiler here"),
+        (without_decay, update, "differs by"),
+    ],
 )
 def test_what_differs_or_fails_is_not_used_and_that_is_said(
-    state, batch, monkeypatch, product, word
+    state, batch, monkeypatch, compiled_form, of, word
 ):
-    monkeypatch.setattr(torch, "compile", lambda function, **how: product)
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **how: compiled_form if function is of else function
+    )
     said = []
-    step, is_compiled = choose_step(state, batch, 1e-3, said.append)
+    step, is_compiled = choose_step(state, batch, said.append)
     assert step is train_step
     assert not is_compiled
     assert word in said[0]
@@ -63,10 +74,11 @@ def test_what_differs_or_fails_is_not_used_and_that_is_said(
 def test_what_agrees_is_used(state, batch, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
     said = []
-    step, is_compiled = choose_step(state, batch, 1e-3, said.append)
+    step, is_compiled = choose_step(state, batch, said.append)
     assert is_compiled
     assert "used" in said[0]
-    assert step_difference(step(state, batch, 1e-3)[0], train_step(state, batch, 1e-3)[0]) == 0
+    mu, expected = step(state, batch, 1e-3)[0].mu, train_step(state, batch, 1e-3)[0].mu
+    assert tree_difference(mu, expected) == 0
 
 
 def test_the_real_compiler_gives_the_same_steps(state, batch):
@@ -76,13 +88,14 @@ def test_the_real_compiler_gives_the_same_steps(state, batch):
         eager, expected = train_step(eager, batch, 1e-2)
         fast, metrics = step(fast, batch, 1e-2)
         torch.testing.assert_close(metrics, expected, rtol=1e-4, atol=1e-5)
-    assert step_difference(eager, fast) < 1e-4
+    for ours, theirs in zip(fast[:3], eager[:3], strict=True):
+        assert tree_difference(ours, theirs) < 1e-4
 
 
 def test_the_choice_is_recorded_and_a_resume_inherits_it(niels, texts, tmp_path, monkeypatch):
     chosen = []
 
-    def note_and_choose(state, batch, lr, say):
+    def note_and_choose(state, batch, say):
         chosen.append(state.step)
         return train_step, state.step == 0
 
@@ -130,17 +143,20 @@ def test_what_decides_whether_to_compile(
     assert why
 
 
-def test_the_whole_block_is_one_graph(state, batch):
-    """A break would leave parts of it to eager execution, and only the time would tell."""
+def test_a_block_and_an_update_are_one_graph_each_for_all_steps(state, batch, monkeypatch):
+    """A break would leave parts to eager execution, and only the time would tell."""
     graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    of_block = torch.compile(block_gradients, backend=backend, dynamic=False, fullgraph=True)
-    drop = dropout_of_step(1, 0, range(4), MODEL)
-    grads, _ = of_block(state.params, batch, drop, skeleton(MODEL), 4)
-    expected, _ = block_gradients(state.params, batch, drop, skeleton(MODEL), 4)
-    torch.testing.assert_close(grads, expected)
-    assert len(graphs) == 1
+    compile_with = partial(torch.compile, backend=backend)
+    monkeypatch.setattr(torch, "compile", compile_with)
+    step = compile_step()
+    expected = state
+    for lr in (0.1, 0.2, 0.3):
+        state, _ = step(state, batch, lr)
+        expected, _ = train_step(expected, batch, lr)
+    torch.testing.assert_close(state[:3], expected[:3])
+    assert len(graphs) == 2

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from niels_gpt import ModelConfig, TrainConfig, evaluate, make_state, train_step
@@ -119,6 +119,7 @@ def test_best_is_the_lowest_validation_loss_and_never_older_than_latest_knows():
     assert world.files["latest.pt"][1] == Scores(1.0, 5, 4.0, 6)
 
 
+@settings(max_examples=15)  # whole runs
 @given(cut=st.integers(1, 6), every=st.integers(1, 4), ckpt=st.integers(1, 4))
 def test_a_stopped_run_resumed_ends_like_one_that_was_not(cut, every, ckpt):
     cfg = config(eval_every=every, ckpt_every=ckpt)
@@ -226,6 +227,7 @@ def test_a_validation_loss_that_is_not_finite_never_becomes_the_best():
     assert "best.pt" not in world.files
 
 
+@settings(max_examples=15)
 @given(every=st.integers(1, 8), log=st.integers(1, 8), ckpt=st.integers(1, 8))
 def test_the_cadence_of_looking_leaves_the_training_alone(every, log, ckpt):
     plain, other = World(config()), World(config(eval_every=every, log_every=log, ckpt_every=ckpt))

@@ -153,7 +153,7 @@ def prefixes(x: Tensor, stops: tuple[int, ...]) -> tuple[Tensor, ...]:
     The gradients of plain slices would each be padded to all of x with zeros and then added up;
     a compiler sees to that itself, and takes no function with a tangent of its own.
     """
-    if torch.compiler.is_compiling():
+    if len(stops) == 1 or torch.compiler.is_compiling():
         return tuple(x[..., :stop, :] for stop in stops)
     parts: tuple[Tensor, ...] = _Prefixes.apply(x, stops)  # type: ignore[no-untyped-call]
     return parts
