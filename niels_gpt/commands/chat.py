@@ -74,6 +74,7 @@ def _lines() -> Iterator[str]:
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # what it gives to input() is the history
+    note("/help lists the commands, Ctrl-D ends")
     with contextlib.suppress(EOFError):
         while True:
             yield input(ASK)
