@@ -1,5 +1,6 @@
 """`niels-gpt chat`: one message, lines from a pipe, and a person at a terminal."""
 
+import contextlib
 import os
 import pty
 import signal
@@ -99,10 +100,18 @@ class Terminal:
     def type(self, keys):
         os.write(self.screen, keys)
 
-    def end(self):
-        errors = self.process.communicate()[1]
-        os.close(self.screen)
-        return self.process.returncode, errors
+    def end(self, *, interrupt=False):
+        """Wait for the end, and bring it about by as many Ctrl-C as a person would type.
+
+        One that comes after the prompt and before readline waits is seen with the next key only.
+        """
+        while True:
+            if interrupt:
+                self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                errors = self.process.communicate(timeout=1 if interrupt else 60)[1]
+                os.close(self.screen)
+                return self.process.returncode, errors
 
 
 def test_a_person_types_recalls_a_line_and_leaves_with_ctrl_d(ckpt):
@@ -121,8 +130,7 @@ def test_a_person_types_recalls_a_line_and_leaves_with_ctrl_d(ckpt):
 def test_ctrl_c_leaves_with_130(ckpt):
     terminal = Terminal(ckpt)
     terminal.until(b"> ")
-    terminal.process.send_signal(signal.SIGINT)
-    code, errors = terminal.end()
+    code, errors = terminal.end(interrupt=True)
     assert code == 130
     assert errors.strip() == GREETING.strip()
 
