@@ -109,7 +109,7 @@ class Terminal:
             if interrupt:
                 self.process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                errors = self.process.communicate(timeout=1 if interrupt else 60)[1]
+                errors = self.process.communicate(timeout=20 if interrupt else 60)[1]
                 os.close(self.screen)
                 return self.process.returncode, errors
 
