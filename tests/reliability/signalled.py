@@ -10,6 +10,8 @@ import importlib
 import os
 import sys
 
+import niels_gpt.data.cache  # noqa: F401  # has the writer as it is: the text's cache is no save
+
 PHASES = {
     "loading": "niels_gpt.streams.build_sources",
     "step": "niels_gpt.step.get_batch",
