@@ -55,7 +55,7 @@ class GPT(nn.Module):
         if x.ndim != 2 or t + T > cfg.T:
             after = f" after {t}" if t else ""
             raise ValueError(f"ids must be (B, T) with T <= {cfg.T}, got {tuple(x.shape)}{after}")
-        h = self.tok_emb(x)
+        h = _embed(self.tok_emb, x)
         if drop is None or not cfg.dropout:
             h = F.dropout(h, cfg.dropout, self.training)
         else:
@@ -73,6 +73,19 @@ class GPT(nn.Module):
                 seen.append(kv)
         logits: Tensor = self.lm_head(self.ln_f(h))
         return logits if past is None else (logits, tuple(seen))
+
+
+def _embed(table: nn.Embedding, x: Tensor) -> Tensor:
+    """Look up the rows (B, T, C) of ids (B, T); compiled, by a product with one-hot rows.
+
+    Of a lookup, a compiler makes threads add up the gradient of a row in the order in which they
+    happen to come, so that its last bits differ from one time to the next.
+    """
+    if not torch.compiler.is_compiling():
+        rows: Tensor = table(x)
+        return rows
+    one_hot = x[..., None] == torch.arange(table.num_embeddings, device=x.device)
+    return one_hot.to(table.weight.dtype) @ table.weight
 
 
 def no_past(
