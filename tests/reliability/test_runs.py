@@ -39,13 +39,19 @@ class Runner:
         self.args = ["train", "--config", self.config, "--device", "cpu"]
         self.args += ["--wiki", texts / "wiki", "--roam", texts / "notes"]
 
-    def start(self, folder: Path, *more: object, program: tuple[object, ...] = ("niels_gpt",)):
+    def start(
+        self,
+        folder: Path,
+        *more: object,
+        program: tuple[object, ...] = ("niels_gpt",),
+        threads: int = 1,
+    ):
         resume = ["--resume", "latest"] if any(folder.glob("*.pt")) else []
         command = [sys.executable, "-m", *program, *self.args, "--out", folder, *resume, *more]
         return subprocess.Popen(
             [*map(str, command)],
             cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -104,6 +110,23 @@ def test_chains_of_kills_end_in_the_same_bits(runner, whole, tmp_path, tries):
         code, told = runner.finish(folder)
         assert code == 0, told
         assert left(folder) == whole, f"seed {seed}, {kills} kills"
+
+
+@pytest.mark.parametrize(
+    "how", ["--no-compile", pytest.param("--compile", marks=pytest.mark.reliability)]
+)
+def test_several_threads_end_in_the_same_bits(runner, tmp_path, how):
+    """On a model that is large enough for its operations to be shared by the threads."""
+    sizes = {"T": 64, "C": 64, "d_ff": 256}
+    larger = [part for key, n in sizes.items() for part in ("--set", f"model.{key}={n}")]
+    folders = tmp_path / "whole", tmp_path / "resumed"
+    code, told = runner.finish(folders[0], *larger, how, threads=4)
+    assert code == 0, told
+    from_step = ["--resume", folders[0] / "step_0000003.pt"]
+    code, told = runner.finish(folders[1], *larger, *from_step, threads=4)
+    assert code == 0, told
+    whole, resumed = ((folder / "latest.pt").read_bytes() for folder in folders)
+    assert whole == resumed
 
 
 def campaign(*phases):
