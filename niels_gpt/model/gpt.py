@@ -76,9 +76,9 @@ class GPT(nn.Module):
 
 
 def _embed(table: nn.Embedding, x: Tensor) -> Tensor:
-    """Look up the rows (B, T, C) of ids (B, T); compiled, by a product with one-hot rows.
+    """Look up the rows (B, T, C) of ids (B, T); compiled, by an exact product with one-hot rows.
 
-    Of a lookup, a compiler makes threads add up the gradient of a row in the order in which they
+    Of a lookup, the compiler has threads add up the gradient of a row in the order in which they
     happen to come, so that its last bits differ from one time to the next.
     """
     if not torch.compiler.is_compiling():
