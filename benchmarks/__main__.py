@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.rows import ROWS, Effort, Figure
 from benchmarks.timing import describe_machine
-from niels_gpt.allocator import keep_freed_memory
+from niels_gpt.device import keep_freed_memory
 
 
 @click.command()

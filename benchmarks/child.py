@@ -20,10 +20,10 @@ import click
 import torch
 
 from benchmarks.sides import SIDES, make_side
-from niels_gpt import launch, run
-from niels_gpt.allocator import keep_freed_memory
 from niels_gpt.config import load_config_from_json
-from niels_gpt.options import TrainOptions
+from niels_gpt.device import keep_freed_memory
+from niels_gpt.run import launch, session
+from niels_gpt.run.options import TrainOptions
 from niels_gpt.step import train_step
 
 WARMUP = 3
@@ -67,7 +67,7 @@ def loop(config: str, steps: int) -> None:
         calls.append((started, time.perf_counter()))
         return result
 
-    with patch.object(run, "train_step", timed_step), tempfile.TemporaryDirectory() as out:
+    with patch.object(session, "train_step", timed_step), tempfile.TemporaryDirectory() as out:
         total = WARMUP + steps
         settings = {"total_steps": total, "eval_every": total, "ckpt_every": total, "eval_steps": 1}
         overrides = tuple(f"train.{key}={value}" for key, value in settings.items())

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from benchmarks.timing import describe_machine
 from niels_gpt import ModelConfig, TrainConfig, make_state
-from niels_gpt.allocator import keep_freed_memory
-from niels_gpt.generate import begin, bind, extend, window_start
+from niels_gpt.device import keep_freed_memory
+from niels_gpt.inference.generate import begin, bind, extend, window_start
 from niels_gpt.loss import Tree, forward
 
 Side = Callable[[], None]

@@ -18,7 +18,7 @@ from benchmarks.sides import SIDES, Side, make_side
 from benchmarks.timing import make_sgemm, median_seconds, sgemm_flops
 from niels_gpt import evaluate, make_state
 from niels_gpt.config import ModelConfig, TrainConfig
-from niels_gpt.flops import forward_flops, step_flops
+from niels_gpt.model.flops import forward_flops, step_flops
 from niels_gpt.paths import CONFIG_DIR
 
 DEFAULT = ModelConfig()

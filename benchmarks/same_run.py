@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -21,11 +21,19 @@ import click
 from niels_gpt.paths import REPO_ROOT
 
 CLOCK_FIELDS = ("seconds", "bytes_per_s")
-TINY = {"model.T": 64, "model.C": 32, "model.d_ff": 64, "model.dropout": 0.1, "train.B": 8}
-SHORT = {"train.total_steps": 40, "train.eval_every": 15, "train.eval_steps": 2}
-OFTEN = {"train.ckpt_every": 10, "train.log_every": 5, "train.warmup_steps": 5}
+Settings = dict[str, object]
 
-RUNS: dict[str, tuple[str, dict[str, object], str, bool]] = {  # config, --set, flag, killed
+TINY: Settings = {
+    "model.T": 64,
+    "model.C": 32,
+    "model.d_ff": 64,
+    "model.dropout": 0.1,
+    "train.B": 8,
+}
+SHORT: Settings = {"train.total_steps": 40, "train.eval_every": 15, "train.eval_steps": 2}
+OFTEN: Settings = {"train.ckpt_every": 10, "train.log_every": 5, "train.warmup_steps": 5}
+
+RUNS: dict[str, tuple[str, Settings, str, bool]] = {  # config, --set, flag, killed
     "with dropout": ("quick", TINY | SHORT | OFTEN, "--no-compile", False),
     "killed and resumed": ("quick", TINY | SHORT | OFTEN, "--no-compile", True),
     "default model": ("smoke", SHORT | {"train.total_steps": 3}, "--no-compile", False),
@@ -33,7 +41,7 @@ RUNS: dict[str, tuple[str, dict[str, object], str, bool]] = {  # config, --set, 
 }
 
 
-def command(config: str, settings: Mapping[str, object], *more: object) -> list[str]:
+def command(config: str, settings: Settings, *more: object) -> list[str]:
     """Return a `train` command."""
     sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     first = [sys.executable, "-m", "niels_gpt.train", "--config", config, "--device", "cpu"]

@@ -10,9 +10,9 @@ from torch import nn
 
 from benchmarks.imperative import ImperativeGPT, imperative_step, make_optimizer
 from niels_gpt import make_state, train_step
-from niels_gpt.compiled import compile_step
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.loss import Batch
+from niels_gpt.run.compile import compile_step
 
 Side = Callable[[], object]
 

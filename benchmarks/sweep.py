@@ -12,10 +12,11 @@ import click
 import torch
 
 from benchmarks.timing import describe_machine, median_seconds
-from niels_gpt import ModelConfig, TrainConfig, make_state, sweep
-from niels_gpt.allocator import keep_freed_memory
-from niels_gpt.plan import Text
-from niels_gpt.replay import advance
+from niels_gpt import ModelConfig, TrainConfig, make_state
+from niels_gpt.analysis import sweep
+from niels_gpt.analysis.replay import advance
+from niels_gpt.device import keep_freed_memory
+from niels_gpt.run.plan import Text
 
 WIDTHS = (32, 64, 128, 256)
 MEMBERS = (2, 4, 8)

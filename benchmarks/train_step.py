@@ -17,9 +17,9 @@ from benchmarks.timing import (
     median_seconds,
     sgemm_flops,
 )
-from niels_gpt.allocator import keep_freed_memory
 from niels_gpt.config import load_config_from_json
-from niels_gpt.flops import step_flops
+from niels_gpt.device import keep_freed_memory
+from niels_gpt.model.flops import step_flops
 
 
 @click.command()

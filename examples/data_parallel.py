@@ -18,17 +18,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from niels_gpt import ModelConfig, durable, loop, run
-from niels_gpt.commands.options import PATH, source_options
+from niels_gpt import ModelConfig
+from niels_gpt.cli.options import PATH, source_options
 from niels_gpt.config import find_config, load_config_from_json
 from niels_gpt.console import Console
 from niels_gpt.failures import exit_on_failure
-from niels_gpt.insight import to_tree, to_vector
+from niels_gpt.files import durable
 from niels_gpt.loss import Batch, Tree, gradients
-from niels_gpt.options import TrainOptions
-from niels_gpt.plan import make_plan
+from niels_gpt.optim import to_tree, to_vector
+from niels_gpt.run import loop, progress, session
+from niels_gpt.run.folder import Folder
+from niels_gpt.run.options import TrainOptions
+from niels_gpt.run.plan import make_plan
+from niels_gpt.run.stop import Stop
 from niels_gpt.step import train_step
-from niels_gpt.stop import Stop
 
 
 def parallel_gradients(
@@ -62,10 +65,12 @@ def main(**given: Any) -> None:
     if bytes(of_all.tolist()) != same or configs[1].B % dist.get_world_size():
         raise click.ClickException("all ranks need the same config and text, and must divide B")
     durable.make_folder(plan.out)
-    folder, step = run.Folder(plan, console), partial(train_step, gradients=parallel_gradients)
-    ports = run.ports_of(plan, folder, run.Reporter(plan, folder.metrics, console), Stop(), step)
+    folder, step = Folder(plan, console), partial(train_step, gradients=parallel_gradients)
+    ports = session.ports_of(
+        plan, folder, progress.Reporter(plan, folder.metrics, console), Stop(), step
+    )
     if dist.get_rank() == 0:
-        run.say_opening(plan, console)
+        progress.say_opening(plan, console)
     else:  # the first rank alone speaks and saves
         sys.stdout = io.StringIO()
         ports = replace(ports, save=lambda *_: True)

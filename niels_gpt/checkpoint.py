@@ -24,11 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niels_gpt import durable
 from niels_gpt.config import ModelConfig, TrainConfig, config_from_dict, to_dict
-from niels_gpt.model.gpt import GPT
-from niels_gpt.optim import BETAS, EPS
-from niels_gpt.payload import (
+from niels_gpt.files import durable
+from niels_gpt.files.schema import (
     KEYS,
     MODEL_FIELDS,
     Payload,
@@ -38,8 +36,10 @@ from niels_gpt.payload import (
     names_by_id,
     parameter_shapes,
 )
+from niels_gpt.files.torchfile import CheckpointError, read_torch_file, show
+from niels_gpt.model.gpt import GPT
+from niels_gpt.optim import BETAS, EPS
 from niels_gpt.state import TrainState
-from niels_gpt.torchfile import CheckpointError, read_torch_file, show
 
 METRICS = "metrics.jsonl"
 _CHECKPOINT = re.compile(r"latest\.pt|best\.pt|step_([0-9]{7,})\.pt")

@@ -1,6 +1,10 @@
-"""Which device a run uses. Torch is imported when a function is called, not before."""
+"""What a run computes on, and how memory is handled there. Torch is imported only when used."""
 
+import ctypes
+import platform
 import re
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc malloc.h
 
 
 def get_device() -> str:
@@ -31,3 +35,19 @@ def resolve_device(name: str | None) -> str:
     if match[2] and int(match[2]) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not here; there are {torch.cuda.device_count()}")
     return name
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep what is freed for the next step instead of giving it back to the system.
+
+    Memory that is given back comes again as page faults and zeroed pages, thousands a step. It is a
+    setting of the whole process, so commands make it and importing makes it never; a script may
+    call this itself, or set MALLOC_MMAP_THRESHOLD_=1073741824 and MALLOC_TRIM_THRESHOLD_=2147483647
+    in its environment. Returns False where there is no glibc, and nothing was done.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    )

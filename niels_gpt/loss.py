@@ -6,9 +6,10 @@ Shapes: B rows, T positions, S dropout sites, V byte values.
 from collections.abc import Callable
 from functools import reduce
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call, grad_and_value
+from torch.func import functional_call, grad_and_value, jvp
 
 from niels_gpt.config import ModelConfig
 from niels_gpt.model.gpt import GPT, skeleton
@@ -49,6 +50,20 @@ def row_losses(params: Tree, batch: Batch, cfg: ModelConfig, drop: Tensor | None
     return F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(1)
 
 
+def row_slopes(
+    params: Tree, direction: Tree, batch: Batch, cfg: ModelConfig, drop: Tensor | None = None
+) -> Tensor:
+    """Return the derivative of each row's loss along a direction, (n,): gradient times direction.
+
+    One forward-mode pass (Jacobian-vector product) gives those of all rows of a block.
+    """
+    slopes = [
+        jvp(lambda p, b=block, k=keys: row_losses(p, b, cfg, k), (params,), (direction,))[1]
+        for block, keys in row_blocks(batch, drop)
+    ]
+    return torch.cat(slopes)
+
+
 def gradients(
     params: Tree,
     batch: Batch,
@@ -64,7 +79,7 @@ def gradients(
 
     Args:
         batch: x and y, each int64 (B, T).
-        drop: (B, S, 2) keys from `niels_gpt.dropout`, or None.
+        drop: (B, S, 2) keys from `niels_gpt.model.dropout`, or None.
         of_block: what to call for each block, `block_gradients` or a compiled form of it.
     """
     of_block = of_block or block_gradients

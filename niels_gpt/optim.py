@@ -72,3 +72,14 @@ def adamw(
         update = m / (v.sqrt() / correction2 + EPS)
         new_params[name] = p * (1 - lr * weight_decay) - step_size * update
     return new_params, new_mu, new_nu
+
+
+def to_vector(tree: Tree) -> Tensor:
+    """Concatenate all tensors of a tree, (P,)."""
+    return torch.cat([x.flatten() for x in tree.values()])
+
+
+def to_tree(vector: Tensor, like: Tree) -> Tree:
+    """Cut a vector (P,) into a tree; inverse of `to_vector`."""
+    parts = torch.split(vector, [x.numel() for x in like.values()])
+    return {name: part.view_as(x) for part, (name, x) in zip(parts, like.items(), strict=True)}

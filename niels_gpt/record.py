@@ -8,8 +8,8 @@ under these names is refused, since a resume would rely on it.
 from collections.abc import Mapping
 from typing import Any
 
-from niels_gpt.loop import Scores
-from niels_gpt.torchfile import CheckpointError, show
+from niels_gpt.files.torchfile import CheckpointError, show
+from niels_gpt.run.loop import Scores
 
 Sources = dict[str, dict[str, dict[str, Any]]]  # split -> source -> origin, bytes, sha256
 

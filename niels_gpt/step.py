@@ -12,8 +12,8 @@ from torch import Tensor
 
 from niels_gpt.batching import get_batch
 from niels_gpt.config import ModelConfig
-from niels_gpt.dropout import dropout_keys, sites
 from niels_gpt.loss import Batch, gradients
+from niels_gpt.model.dropout import dropout_keys, sites
 from niels_gpt.optim import Tree, update
 from niels_gpt.rng import keyed_generator
 from niels_gpt.state import TrainState

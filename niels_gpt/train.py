@@ -51,8 +51,8 @@ def main(
     """Train a byte-level GPT from a JSON config."""
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run; a run writes metrics.jsonl")
-    from niels_gpt.launch import carry_out
-    from niels_gpt.options import TrainOptions
+    from niels_gpt.run.launch import carry_out
+    from niels_gpt.run.options import TrainOptions
 
     options = TrainOptions(
         config=config,

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from niels_gpt.checkpoint import state_payload
 from niels_gpt.config import ModelConfig, TrainConfig
-from niels_gpt.payload import Payload, parameter_shapes
+from niels_gpt.files.schema import Payload, parameter_shapes
 from niels_gpt.state import TrainState
 from tests.strategies import model_configs, train_configs
 

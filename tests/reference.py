@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from niels_gpt import ModelConfig
-from niels_gpt.dropout import keep_mask, keep_rate
+from niels_gpt.model.dropout import keep_mask, keep_rate
 
 
 def turn(x: Tensor, theta: float) -> Tensor:

@@ -24,9 +24,9 @@ from niels_gpt.checkpoint import (
     write_checkpoint,
 )
 from niels_gpt.config import ModelConfig, TrainConfig, to_dict
+from niels_gpt.files.schema import MODEL_FIELDS, check_payload, content_digest
+from niels_gpt.files.torchfile import CheckpointError
 from niels_gpt.model.gpt import GPT
-from niels_gpt.payload import MODEL_FIELDS, check_payload, content_digest
-from niels_gpt.torchfile import CheckpointError
 from tests.checkpoints import TINY, json_like, random_payload, random_state
 from tests.strategies import model_configs
 

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +19,10 @@ from niels_gpt.checkpoint import (
     write_checkpoint,
 )
 from niels_gpt.config import ModelConfig, TrainConfig, to_dict
+from niels_gpt.files.schema import KEYS, content_digest, parameter_shapes
 from niels_gpt.model.gpt import GPT
-from niels_gpt.payload import KEYS, content_digest, parameter_shapes
 from niels_gpt.state import TrainState, to_modules
+from tests import ROOT
 from tests.checkpoints import TINY, json_objects, random_payload, random_state, states
 from tests.strategies import model_configs
 
@@ -188,7 +188,7 @@ def test_another_process_with_another_hash_seed_writes_the_same_bytes(tmp_path):
     seed = "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, str(there)],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         env={**os.environ, "PYTHONHASHSEED": seed},
         check=True,
     )

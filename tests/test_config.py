@@ -26,9 +26,10 @@ from niels_gpt.config import (
     save_json,
     to_dict,
 )
+from tests import ROOT
 from tests.strategies import model_configs, probabilities, train_configs
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 SMOKE = {
     "seed": 42,
     "B": 32,

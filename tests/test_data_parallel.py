@@ -3,14 +3,14 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from niels_gpt.analysis.replay import differences
 from niels_gpt.checkpoint import load_checkpoint, load_state, write_checkpoint
-from niels_gpt.replay import differences
+from tests import ROOT
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "data_parallel.py"
+EXAMPLE = ROOT / "examples" / "data_parallel.py"
 CONFIG = {
     "model": {"T": 16, "C": 16, "L": 2, "H": 2, "d_ff": 16, "dropout": 0.1},
     "train": {

@@ -1,8 +1,11 @@
 """Which device is taken, and which names are refused."""
 
+import platform
+
 import pytest
 import torch
 
+from niels_gpt import device
 from niels_gpt.device import get_device, resolve_device
 
 
@@ -48,3 +51,10 @@ def test_a_device_that_is_absent_is_refused(no_gpu, name):
 def test_an_unknown_name_is_refused(name):
     with pytest.raises(ValueError, match=f"device '{name}' is not known; use cpu, mps, cuda"):
         resolve_device(name)
+
+
+def test_glibc_takes_the_setting_and_others_are_left_alone(monkeypatch):
+    assert device.keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr("ctypes.CDLL", None)
+    assert not device.keep_freed_memory()

@@ -11,8 +11,8 @@ from torch.func import grad, jvp, vmap
 
 from niels_gpt import loss as loss_module
 from niels_gpt import to_modules
-from niels_gpt.dropout import dropout_keys, sites
 from niels_gpt.loss import cross_entropy, forward, gradients, loss, rows_per_block
+from niels_gpt.model.dropout import dropout_keys, sites
 from tests.strategies import model_configs
 from tests.training import PLAIN, SMALL, assert_close_trees, random_batch, same_bits, trained_state
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from niels_gpt import paths
+from tests import ROOT
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = ROOT
 
 
 def installed(tmp_path, **env):

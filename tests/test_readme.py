@@ -1,12 +1,11 @@
 """The README tells the truth: its script runs, its tree names every file, its table every key."""
 
 import re
-from pathlib import Path
 
 from niels_gpt.cli import COMMANDS
 from niels_gpt.config import SECTIONS, to_dict
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 

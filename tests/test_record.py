@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from niels_gpt.checkpoint import CheckpointError
-from niels_gpt.loop import Scores
 from niels_gpt.record import checkpoint_extra, kept_environment, kept_scores, kept_sources
+from niels_gpt.run.loop import Scores
 
 STREAM = {"origin": "notes", "bytes": 5, "sha256": "0" * 64}
 SOURCES = {"train": {"wiki": STREAM}, "val": {}}

@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from niels_gpt.rng import derive_seed, keyed_generator, make_generator, set_seed
+from tests import ROOT
 
 keys = st.tuples(st.integers(0, 2**63 - 1), st.text(max_size=20), st.integers(0, 10**9))
 
@@ -28,7 +28,7 @@ def test_keys_never_change():
 
 def test_keys_are_the_same_in_another_process():
     code = "from niels_gpt.rng import derive_seed; print(derive_seed(7, 'dropout', 12))"
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(ROOT)
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": root},

@@ -9,7 +9,6 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,11 +27,12 @@ from niels_gpt import (
     train_step,
 )
 from niels_gpt.batching import get_batch
-from niels_gpt.dropout import dropout_keys, sites
 from niels_gpt.loss import gradients
+from niels_gpt.model.dropout import dropout_keys, sites
 from niels_gpt.optim import adamw, clip_by_global_norm
 from niels_gpt.rng import keyed_generator
 from niels_gpt.step import batch_of_step, dropout_of_step
+from tests import ROOT
 from tests.strategies import model_configs, train_configs
 from tests.test_state import imperative_step
 from tests.training import (
@@ -168,7 +168,7 @@ def digest():
 
 
 def test_another_process_with_other_hashes_gets_the_same_bits():
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(ROOT)
     # Threads split sums: the same number of them here and there.
     code = (
         f"import torch; torch.set_num_threads({torch.get_num_threads()});"

@@ -27,9 +27,8 @@ from niels_gpt.streams import (
     build_wiki_stream,
     describe_sources,
 )
+from tests import ROOT, SHARED
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT / "../shared/data"
 WIKITEXT = {"train": [f" line {i} of the train split \n" for i in range(9)], "val": ["a val"] * 9}
 PYTHON_DOCS = {"train": ["the documentation of Python"] * 3, "val": ["a bit more of it"]}
 DIALOGUES = [f"user: question {i}\nassistant: answer {i}\n" for i in range(12)]

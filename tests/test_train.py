@@ -13,11 +13,11 @@ from click.testing import CliRunner
 
 from niels_gpt import ModelConfig, TrainConfig, streams, to_modules
 from niels_gpt.checkpoint import load_checkpoint
-from niels_gpt.metrics import CLOCK_FIELDS
-from niels_gpt.plan import resume_state
+from niels_gpt.run.metrics import CLOCK_FIELDS
+from niels_gpt.run.plan import resume_state
 from niels_gpt.train import main
+from tests import ROOT, SHARED
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TINY = {
     "model": {"T": 16, "C": 8, "L": 1, "H": 2, "d_ff": 8, "dropout": 0.1},
     "train": {
@@ -298,7 +298,7 @@ def test_a_model_of_another_shape_is_refused_with_a_line_per_field(train, tmp_pa
 
 
 def test_a_second_run_in_the_same_folder_is_refused_with_the_pid_of_the_first(train, tmp_path):
-    from niels_gpt.durable import lock_folder
+    from niels_gpt.files.durable import lock_folder
 
     (tmp_path / "out").mkdir()
     with lock_folder(tmp_path / "out"):
@@ -329,7 +329,7 @@ def test_a_signal_saves_and_exits_with_its_code_and_the_resume_is_exact(
         [*map(str, command)],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         env={**os.environ, "HOME": str(tmp_path)},
         timeout=120,
     )
@@ -424,7 +424,7 @@ def test_what_goes_wrong_in_a_dry_run_is_told_in_one_message(train, monkeypatch)
     def fail(plan, as_json):
         raise RuntimeError("not enough memory")
 
-    monkeypatch.setattr("niels_gpt.estimate.estimate", fail)
+    monkeypatch.setattr("niels_gpt.run.dry_run.estimate", fail)
     result = train("--dry-run")
     assert (result.exit_code, result.stderr) == (2, "error: not enough memory\n")
 
@@ -434,7 +434,7 @@ def test_a_signal_ends_a_dry_run_at_once(train, monkeypatch):
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("went on")
 
-    monkeypatch.setattr("niels_gpt.estimate.estimate", stay)
+    monkeypatch.setattr("niels_gpt.run.dry_run.estimate", stay)
     result = train("--dry-run")
     assert result.exit_code == 143
     assert "nothing to save" in result.stderr

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from niels_gpt.durable import (
+from niels_gpt.files.durable import (
     FolderInUseError,
     lock_folder,
     make_folder,

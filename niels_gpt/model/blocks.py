@@ -3,8 +3,8 @@
 Shapes: B batch, T positions, C model width, H heads, D = C/H head width. Activations float32.
 
 Dropout acts once on each residual branch, on the embedding, and on the attention probabilities.
-Its randomness enters in one of two ways: `drop` carries keys (see `niels_gpt.dropout`), or, with
-`drop=None`, a module in `train()` mode draws from torch's global generator like any other.
+Its randomness enters in one of two ways: `drop` carries keys (see `niels_gpt.model.dropout`), or,
+with `drop=None`, a module in `train()` mode draws from torch's global generator like any other.
 
 With `past`, x continues a text whose first t positions were seen before: their keys and values come
 in as an argument and go out extended, so that nothing is computed twice and nothing is stored here.
@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from niels_gpt import dropout
 from niels_gpt.config import ModelConfig
-from niels_gpt.model import rope
+from niels_gpt.model import dropout, rope
 
 Q_BLOCK = 64  # queries handled at a time: their keys end with them, so half the square is skipped
 

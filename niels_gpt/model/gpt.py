@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from niels_gpt import dropout
 from niels_gpt.config import ModelConfig
-from niels_gpt.model import rope
+from niels_gpt.model import dropout, rope
 from niels_gpt.model.blocks import KV, Block, init_weights
 
 Past = tuple[KV, ...]  # one a block
@@ -43,7 +42,7 @@ class GPT(nn.Module):
 
         Args:
             x: int64 ids, T at most cfg.T.
-            drop: (B, sites, 2) int32 keys from `niels_gpt.dropout.dropout_keys`.
+            drop: (B, sites, 2) int32 keys from `niels_gpt.model.dropout.dropout_keys`.
             past: what was seen of the t ids before x, t + T at most cfg.T (see `no_past`); also
                 return what then is seen of all t + T.
 

@@ -22,8 +22,8 @@ import torch
 
 from niels_gpt.checkpoint import load_checkpoint
 from niels_gpt.config import to_dict
-from niels_gpt.payload import content_digest
-from niels_gpt.torchfile import CheckpointError
+from niels_gpt.files.schema import content_digest
+from niels_gpt.files.torchfile import CheckpointError
 from tests.checkpoints import TINY, random_payload
 
 CANARY = "EXECUTED"

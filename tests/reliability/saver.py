@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from niels_gpt.durable import write_durably
+from niels_gpt.files.durable import write_durably
 
 BEGIN, END = "MARK-OF-THE-BEGIN", "MARK-OF-THE-END"
 

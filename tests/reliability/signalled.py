@@ -16,8 +16,8 @@ PHASES = {
     "loading": "niels_gpt.streams.build_sources",
     "step": "niels_gpt.step.get_batch",
     "evaluation": "niels_gpt.eval.get_batch",
-    "save": "niels_gpt.durable.write_durably",
-    "metrics": "niels_gpt.durable.append_bytes",
+    "save": "niels_gpt.files.durable.write_durably",
+    "metrics": "niels_gpt.files.durable.append_bytes",
 }
 
 

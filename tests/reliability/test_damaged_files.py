@@ -10,8 +10,8 @@ import torch
 
 from niels_gpt.checkpoint import load_checkpoint, newest_good, write_checkpoint
 from niels_gpt.config import ModelConfig
-from niels_gpt.payload import content_digest
-from niels_gpt.torchfile import CheckpointError
+from niels_gpt.files.schema import content_digest
+from niels_gpt.files.torchfile import CheckpointError
 from tests.checkpoints import random_payload
 from tests.reliability.campaign import tries
 

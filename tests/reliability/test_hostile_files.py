@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.reliability import hostile
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

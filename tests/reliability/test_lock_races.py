@@ -3,18 +3,16 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
+from tests import ROOT
 from tests.reliability.campaign import tries
-
-ROOT = Path(__file__).parents[2]
 
 # Each round forks two processes that wait for one closing pipe, then try. The winner reports and
 # holds; once both have reported it is killed in odd rounds and leaves in even ones.
 RACES = """
 import json, os, signal, sys
 from pathlib import Path
-from niels_gpt.durable import FolderInUseError, lock_folder
+from niels_gpt.files.durable import FolderInUseError, lock_folder
 
 folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
 

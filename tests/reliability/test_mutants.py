@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import pytest
 
+from tests import ROOT
+
 pytestmark = pytest.mark.reliability
 
-ROOT = Path(__file__).parents[2]
 
 DURABLE = "tests/test_durable.py"
 CHECKPOINT = "tests/test_checkpoint.py"

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from niels_gpt.checkpoint import load_checkpoint
-from niels_gpt.metrics import CLOCK_FIELDS
+from niels_gpt.run.metrics import CLOCK_FIELDS
+from tests import ROOT
 from tests.reliability.campaign import tries
 
-ROOT = Path(__file__).parents[2]
 CONFIG = {
     "model": {"T": 16, "C": 8, "L": 1, "H": 2, "d_ff": 8, "dropout": 0.1},
     "train": {

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import pytest
 
 from niels_gpt.checkpoint import load_checkpoint, newest_good, write_checkpoint
-from niels_gpt.durable import remove_temporaries
+from niels_gpt.files.durable import remove_temporaries
+from tests import ROOT
 from tests.checkpoints import random_payload
 from tests.reliability.saver import BEGIN, END, sha256
 
-ROOT = Path(__file__).parents[2]
 ERRORS = ["ENOSPC", "EIO", "EDQUOT", "EROFS", "EINTR"]
 FALLIBLE = {"openat", "write", "fsync", "rename", "renameat", "renameat2", "close"}
 MEMORY = {"mmap", "munmap", "mremap", "brk", "madvise", "futex", "mprotect"}

@@ -1,0 +1,168 @@
+"""Influence: what training on a document does to the validation loss, to first order.
+
+Shapes: n pieces of documents, T positions.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from niels_gpt.analysis.noise import OnProgress
+from niels_gpt.config import ModelConfig
+from niels_gpt.data.roam import list_roam_paths, load_texts, split_roam_paths
+from niels_gpt.eval import eval_batches
+from niels_gpt.loss import Batch, Tree, gradients, row_slopes
+from niels_gpt.state import TrainState
+from niels_gpt.streams import StreamBuildConfig
+
+BLOCK = 32  # pieces of documents that are padded to one tensor at a time
+
+
+class Influence(NamedTuple):
+    """What training on a document does to the validation loss, to first order."""
+
+    name: str
+    nbytes: int
+    value: float  # see `influences`
+
+
+def validation_gradient(state: TrainState, stream: bytes, batches: int) -> tuple[Tree, float]:
+    """Return v, the gradient on the first batches of `evaluate`, and v . g of as many after them.
+
+    The second is |G|^2 of the whole stream without bias. |v|^2 is not: it has the noise of v in it,
+    tr(Sigma) / rows, which late in a run is most of it. Without dropout.
+    """
+    cfg, model_cfg = state.train_cfg, state.model_cfg
+    drawn = eval_batches(
+        stream,
+        B=cfg.B,
+        T=model_cfg.T,
+        device=state.params["tok_emb.weight"].device,
+        eval_steps=2 * batches,
+        seed=cfg.seed,
+    )
+    x, y = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    n = batches * cfg.B
+    v, _ = gradients(state.params, (x[:n], y[:n]), model_cfg)
+    return v, row_slopes(state.params, v, (x[n:], y[n:]), model_cfg).mean().item()
+
+
+def influences(
+    params: Tree,
+    direction: Tree,
+    documents: Sequence[tuple[str, bytes]],
+    cfg: ModelConfig,
+    *,
+    unit: float,
+    windows: int = 2,
+    on_progress: OnProgress = lambda done, total: None,
+) -> list[Influence]:
+    """Return how much a step on each document helps along `direction`, the validation gradient v.
+
+    A gradient step of size lr on document d changes the validation loss by -lr v . g_d + O(lr^2),
+    where g_d is the gradient of the mean loss over its bytes (Pruthi et al. 2020, TracIn, arXiv
+    2002.08484, at one checkpoint). The value is v . g_d / unit; with the v . g of other validation
+    text as the unit, 1 helps as much as a step on that, 0 not at all, below 0 it hurts. All
+    v . g_d come from one forward-mode pass along v; no document is differentiated backwards.
+
+    Args:
+        documents: names and UTF-8; each of 2 bytes or more.
+        unit: the v . g that counts as 1; see `validation_gradient`.
+        windows: how many stretches of at most T + 1 bytes to take of each, evenly spread.
+    """
+    device = params["tok_emb.weight"].device
+    pieces = [
+        (i, piece) for i, (_, text) in enumerate(documents) for piece in cut(text, cfg.T, windows)
+    ]
+    sums, counts = [0.0] * len(documents), [0] * len(documents)
+    for start in range(0, len(pieces), BLOCK):
+        block = pieces[start : start + BLOCK]
+        x, y = (ids.to(device) for ids in pad([piece for _, piece in block], cfg.T))
+        slopes = row_slopes(params, direction, (x, y), cfg).tolist()
+        for (i, piece), slope in zip(block, slopes, strict=True):
+            sums[i] += slope * cfg.T  # a slope is of the sum over the piece, divided by T
+            counts[i] += len(piece) - 1
+        on_progress(start + len(block), len(pieces))
+    return [
+        Influence(name, len(text), total / count / unit)
+        for (name, text), total, count in zip(documents, sums, counts, strict=True)
+    ]
+
+
+def notes_worth(
+    state: TrainState,
+    val_stream: bytes,
+    notes: Sequence[tuple[str, bytes]],
+    *,
+    batches: int = 4,
+    windows: int = 2,
+    on_progress: OnProgress = lambda done, total: None,
+) -> list[Influence]:
+    """Return the influence of each note on the loss on the validation stream.
+
+    Raises:
+        ValueError: if so few batches do not show which way the loss falls.
+    """
+    direction, unit = validation_gradient(state, val_stream, batches)
+    if not unit > 0:
+        raise ValueError(
+            f"the gradient of {batches} validation batches is lost in their noise: take more"
+        )
+    return influences(
+        state.params,
+        direction,
+        notes,
+        state.model_cfg,
+        unit=unit,
+        windows=windows,
+        on_progress=on_progress,
+    )
+
+
+def training_notes(
+    cfg: StreamBuildConfig, seed: int, *, min_bytes: int = 64
+) -> list[tuple[str, bytes]]:
+    """Return the notes that a run of this seed trains on, named by their path below the folder.
+
+    Raises:
+        ValueError: if there are none of `min_bytes` or more.
+    """
+    root = os.path.abspath(cfg.roam_root)
+    paths, _ = split_roam_paths(
+        list_roam_paths(root), val_frac=cfg.roam_val_frac, seed=seed, root=root
+    )
+    texts = [text.encode(errors="replace") for text in load_texts(paths)]
+    found = [
+        (os.path.relpath(path, root), text)
+        for path, text in zip(paths, texts, strict=True)
+        if len(text) >= max(2, min_bytes)
+    ]
+    if not found:
+        raise ValueError(f"{root}: no notes (*.md) of {min_bytes} bytes or more")
+    return found
+
+
+def cut(text: bytes, T: int, windows: int) -> list[bytes]:
+    """Cut at most `windows` stretches of T + 1 bytes out of a text, evenly spread."""
+    last = len(text) - (T + 1)
+    if last <= 0:
+        return [text]
+    n = min(windows, math.ceil(len(text) / (T + 1)))
+    starts = [last // 2] if n == 1 else [last * i // (n - 1) for i in range(n)]
+    return [text[start : start + T + 1] for start in starts]
+
+
+def pad(pieces: Sequence[bytes], T: int) -> Batch:
+    """Make x and y, each (n, T), of pieces of 2 to T + 1 bytes.
+
+    What lies behind a piece has the target -100, which `cross_entropy` leaves out.
+    """
+    x = torch.zeros(len(pieces), T, dtype=torch.int64)
+    y = torch.full((len(pieces), T), -100)
+    for i, piece in enumerate(pieces):
+        ids = torch.tensor(list(piece))
+        x[i, : len(piece) - 1], y[i, : len(piece) - 1] = ids[:-1], ids[1:]
+    return x, y

@@ -1,0 +1,138 @@
+"""The gradient noise scale: how many rows make a gradient that is more signal than noise.
+
+Shapes: n rows, T positions, S dropout sites.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from niels_gpt.config import ModelConfig
+from niels_gpt.loss import Batch, Tree, gradients, row_slopes
+from niels_gpt.optim import global_norm
+from niels_gpt.state import TrainState
+from niels_gpt.step import batch_of_step, dropout_of_step
+
+Z95 = 1.959964  # a normal variable lies within this many standard deviations with probability 0.95
+
+OnProgress = Callable[[int, int], object]  # told how much is done, and of how much
+
+
+class NoiseScale(NamedTuple):
+    """The gradient noise scale of single rows; see `noise_scale`."""
+
+    rows: int  # that it was measured on
+    scale: float  # rows; infinite where the gradient is lost in the noise
+    low: float  # 95 % interval
+    high: float
+    signal: float  # |G|^2, without bias
+    variance: float  # tr(Sigma), without bias
+
+
+def next_rows(
+    state: TrainState, sources: Mapping[str, bytes], p: Mapping[str, float], batches: int
+) -> tuple[Batch, Tensor | None]:
+    """Return the rows of the next batches of a run as one batch, and their dropout keys."""
+    model_cfg, cfg = state.model_cfg, state.train_cfg
+    steps = range(state.step, state.step + batches)
+    device = state.params["tok_emb.weight"].device
+    xy = [
+        batch_of_step(cfg.seed, k, sources, p=p, B=cfg.B, T=model_cfg.T, device=device)
+        for k in steps
+    ]
+    x, y = (torch.cat(parts) for parts in zip(*xy, strict=True))
+    if not model_cfg.dropout:
+        return (x, y), None
+    keys = [dropout_of_step(cfg.seed, k, range(cfg.B), model_cfg, device) for k in steps]
+    return (x, y), torch.cat([key for key in keys if key is not None])
+
+
+def row_products(
+    params: Tree,
+    batch: Batch,
+    cfg: ModelConfig,
+    drop: Tensor | None = None,
+    *,
+    on_progress: OnProgress = lambda done, total: None,
+) -> tuple[list[float], list[float]]:
+    """Return of each row's gradient g_i its |g_i|^2, and g_i . mean(g).
+
+    The second takes one forward-mode pass along the mean, so that no two gradients of rows are
+    held at a time.
+    """
+    x, y = batch
+    n = len(x)
+    squares: list[float] = []
+    mean = {name: torch.zeros_like(p) for name, p in params.items()}
+    for i in range(n):
+        row = slice(i, i + 1)
+        grads, _ = gradients(params, (x[row], y[row]), cfg, None if drop is None else drop[row])
+        squares.append(global_norm(grads).item() ** 2)
+        mean = {name: mean[name].add_(grads[name], alpha=1 / n) for name in mean}
+        on_progress(i + 1, n)
+    return squares, row_slopes(params, mean, batch, cfg, drop).tolist()
+
+
+def noise_scale(squares: Sequence[float], products: Sequence[float]) -> NoiseScale:
+    """Estimate tr(Sigma) / |G|^2, with a 95 % interval, from `row_products`.
+
+    McCandlish et al. 2018 (arXiv 1812.06162), "the simple noise scale": G is the true gradient,
+    Sigma the covariance of the gradient of one row. A batch of B rows makes
+    1 / (1 + scale/B) of the progress of a step along G itself (their section 2.2), so that B =
+    scale takes twice the fewest steps, and twice the fewest rows (section 2.3). Estimated without
+    bias as in their appendix A.1, with batches of 1 and of all n rows::
+
+        tr(Sigma) = sum |g_i - mean|^2 / (n - 1)        |G|^2 = |mean|^2 - tr(Sigma) / n
+
+    The interval is that of a ratio (Fieller 1954), with covariances by the jackknife over rows. It
+    has no upper end where |G|^2 is not clearly above 0. Derived for SGD; for AdamW a guide only.
+
+    Raises:
+        ValueError: for fewer than 3 rows.
+    """
+    n = len(squares)
+    if n < 3:
+        raise ValueError(f"the noise scale needs 3 rows or more, not {n}: take more batches")
+    total, mean_square = math.fsum(squares), math.fsum(products) / n
+    variance, signal = _moments(n, total, mean_square)
+    without = [
+        _moments(n - 1, total - s, (n * n * mean_square - 2 * n * d + s) / (n - 1) ** 2)
+        for s, d in zip(squares, products, strict=True)
+    ]
+    low, high = _ratio_interval(variance, signal, *_jackknife(without))
+    scale = variance / signal if signal > 0 else math.inf
+    return NoiseScale(n, scale, low, high, signal, variance)
+
+
+def _moments(n: int, total: float, mean_square: float) -> tuple[float, float]:
+    """Return tr(Sigma) and |G|^2 from n, sum |g_i|^2 and |mean|^2."""
+    variance = (total - n * mean_square) / (n - 1)
+    return variance, mean_square - variance / n
+
+
+def _jackknife(without: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """Return var(a), var(b), cov(a, b) from the values of (a, b) with each row left out."""
+    n = len(without)
+    a, b = ([x - math.fsum(xs) / n for x in xs] for xs in zip(*without, strict=True))
+    share = (n - 1) / n
+    return (
+        share * math.fsum(x * x for x in a),
+        share * math.fsum(y * y for y in b),
+        share * math.fsum(x * y for x, y in zip(a, b, strict=True)),
+    )
+
+
+def _ratio_interval(
+    a: float, b: float, var_a: float, var_b: float, cov: float
+) -> tuple[float, float]:
+    """Return the r >= 0 with (a - r b)^2 <= Z95^2 var(a - r b)."""
+    z = Z95**2
+    A, half_B, C = b * b - z * var_b, a * b - z * cov, a * a - z * var_a
+    root = half_B * half_B - A * C
+    if A <= 0 and root <= 0:
+        return 0.0, math.inf
+    ends = sorted((half_B + sign * math.sqrt(max(root, 0.0))) / A for sign in (-1, 1))
+    return (max(0.0, ends[0]), ends[1]) if A > 0 else (max(0.0, ends[1]), math.inf)

@@ -1,0 +1,385 @@
+"""Take the steps of a run again: to compare every bit, or to look at one step from inside.
+
+Step N is the N-th update, as in the log: it leads from the state after N - 1 updates to the state
+after N.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from niels_gpt.checkpoint import METRICS, load_checkpoint, load_state, own_files, state_from_payload
+from niels_gpt.config import ModelConfig
+from niels_gpt.files.schema import Payload
+from niels_gpt.files.torchfile import CheckpointError
+from niels_gpt.loss import Batch, Tree, gradients, row_blocks, row_losses
+from niels_gpt.lr_schedule import lr_of_step
+from niels_gpt.model.gpt import GPT
+from niels_gpt.optim import clip_by_global_norm
+from niels_gpt.record import kept_environment
+from niels_gpt.run.compile import StepFunction, compile_step
+from niels_gpt.run.metrics import Record, read_metrics
+from niels_gpt.run.plan import (
+    Text,
+    data_changes,
+    describe,
+    describe_environment,
+    environment_changes,
+    open_text,
+)
+from niels_gpt.state import TrainState, make_state
+from niels_gpt.step import batch_of_step, dropout_of_step, train_step
+from niels_gpt.streams import StreamBuildConfig
+from niels_gpt.tokenizer import decode
+
+_PERIODIC = re.compile(r"step_([0-9]{7,})\.pt")
+
+OnStep = Callable[[int], object]  # told the number of finished updates
+
+
+def advance(
+    state: TrainState, text: Text, step: StepFunction = train_step
+) -> tuple[TrainState, dict[str, Tensor]]:
+    """Take the next step of a run, as the training loop does."""
+    return step(state, next_batch(state, text), lr_of_step(state.step, state.train_cfg))
+
+
+def step_of(payload: Payload) -> StepFunction:
+    """Return the step that a run was trained with: compiled, if the checkpoint says so."""
+    return compile_step() if payload.get("environment", {}).get("compile") else train_step
+
+
+def next_batch(state: TrainState, text: Text) -> Batch:
+    """Draw the batch of the next step of a run."""
+    return batch_of_step(
+        state.train_cfg.seed,
+        state.step,
+        text.train,
+        p=text.p,
+        B=state.train_cfg.B,
+        T=state.model_cfg.T,
+        device=state.params["tok_emb.weight"].device,
+    )
+
+
+# --- two states, bit by bit --------------------------------------------------------------------
+
+
+class Difference(NamedTuple):
+    """A tensor whose bits differ between two states, and the place where it differs most."""
+
+    tensor: str  # "params", "mu" or "nu", and its name
+    elements: int  # how many differ
+    place: tuple[int, ...]
+    here: float  # the value at `place`
+    there: float
+    size: float  # |here - there|; infinite where one is not a number
+
+
+def differences(here: TrainState, there: TrainState) -> list[Difference]:
+    """Compare params, mu and nu of two states of one shape; [] if all bits are the same."""
+    found = []
+    for kind in ("params", "mu", "nu"):
+        a, b = getattr(here, kind), getattr(there, kind)
+        found += [
+            _difference(f"{kind} {name}", a[name], b[name])
+            for name in a
+            if not torch.equal(_bits(a[name]), _bits(b[name]))
+        ]
+    return found
+
+
+def _difference(tensor: str, a: Tensor, b: Tensor) -> Difference:
+    differ = _bits(a) != _bits(b)
+    size = (a - b).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).where(differ, -1.0)
+    flat = int(size.argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), a.shape))
+    return Difference(
+        tensor, int(differ.sum()), index, a[index].item(), b[index].item(), size[index].item()
+    )
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int32)
+
+
+# --- a stretch of a run, again -----------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """What came of taking the steps of a run again."""
+
+    identical: bool
+    same: int  # the last step at which every bit is known to be the same: the start, or a saved one
+    agreed: int  # the last step whose state gave the loss that was logged; not below `same`
+    differs: int | None  # the first step known to differ
+    saved: str  # the saved state compared last
+    differences: list[Difference]  # from that state, in the order of the model
+    notes: list[str]
+
+
+def replay(
+    state: TrainState,
+    text: Text,
+    saved: Mapping[int, Path],
+    logged: Mapping[int, Record],
+    *,
+    step: StepFunction = train_step,
+    on_step: OnStep = lambda step: None,
+) -> Verdict:
+    """Run from a state to the last of the saved ones, up to the first that is not met exactly.
+
+    No state can be had without the ones before it, so the search goes forward, once: every saved
+    state and every logged loss on the way is compared, and narrows the bracket of steps in which
+    the first difference lies. A loss that is met shows less than a saved state: it may round away
+    the last bits of a weight, and says nothing of the moments.
+
+    Args:
+        state: where to begin.
+        text: verified to be that of the run.
+        saved: checkpoints of the run by step, none before `state`; the last is the target.
+        logged: the train records of `metrics.jsonl` by step.
+    """
+    target = max(saved)
+    same = agreed = state.step
+    doubt: int | None = None
+    notes: list[str] = []
+    while True:
+        if path := saved.get(state.step):
+            there, why = _witness(path, state, required=state.step == target)
+            if there is None:
+                notes.append(f"{path.name} was passed over: {why}")
+            elif found := differences(state, there):
+                differs = state.step if doubt is None else max(doubt, agreed + 1)
+                return Verdict(False, same, agreed, differs, path.name, found, notes)
+            else:
+                if doubt is not None:
+                    notes.append(f"{METRICS} has other figures than the run of {path.name}")
+                same, agreed, doubt = state.step, state.step, None
+        if state.step == target:
+            return Verdict(True, same, agreed, None, saved[target].name, [], notes)
+        state, metrics = advance(state, text, step)
+        on_step(state.step)
+        if doubt is None and state.step in logged:
+            wrong = _unlike(metrics, logged[state.step])
+            if "loss" not in wrong:  # the loss of a step is that of the state before it
+                agreed = state.step - 1
+            if wrong:
+                doubt = state.step - 1 if "loss" in wrong else state.step
+
+
+def _witness(path: Path, state: TrainState, *, required: bool) -> tuple[TrainState | None, str]:
+    """Load a saved state to compare with; None, and why, if it is not of the same run."""
+    try:
+        there, _ = load_state(path, device=state.params["tok_emb.weight"].device)
+    except (CheckpointError, ValueError) as error:
+        if required:
+            raise
+        return None, str(error)
+    if required or there[-2:] == state[-2:]:
+        return there, ""
+    return None, "it was saved under another config"
+
+
+def _unlike(metrics: Mapping[str, Tensor], record: Record) -> list[str]:
+    """Name the metrics that are in a record with another value."""
+    return [n for n in metrics if n in record and metrics[n].item() != record[n]]
+
+
+def replay_files(
+    start: Path | None, end: Path, sources: StreamBuildConfig, device: str, on_step: OnStep
+) -> Verdict:
+    """Run from one checkpoint (None: from the initial state) to another and compare.
+
+    The steps are taken under the config, and on the text, of the later one.
+
+    Raises:
+        ValueError, OSError: if the two are not of one run or the text is not the one it had.
+    """
+    there, payload = load_state(end, device=device)
+    configs = there.model_cfg, there.train_cfg
+    if start is None:
+        state = make_state(*configs, device)
+    else:
+        state = state_from_payload(load_checkpoint(start, device=device), *configs, device)
+    if state.step > there.step:
+        raise ValueError(f"{start} is after {end}: step {state.step}, not before {there.step}")
+    folders = {end.parent, *([start.parent] if start else [])}
+    saved = {
+        step: path
+        for folder in folders
+        for step, path in _periodic(folder).items()
+        if state.step < step < there.step
+    }
+    logged = {
+        record["step"]: record
+        for record in read_metrics(end.with_name(METRICS))
+        if record.get("kind") == "train"
+    }
+    text, notes = open_text_of(payload, end, there, sources)
+    verdict = replay(
+        state,
+        text,
+        {**saved, there.step: end},
+        logged,
+        step=step_of(payload),
+        on_step=on_step,
+    )
+    return verdict._replace(notes=notes + verdict.notes)
+
+
+def open_text_of(
+    payload: Payload, path: Path, state: TrainState, sources: StreamBuildConfig
+) -> tuple[Text, list[str]]:
+    """Open the text that a checkpoint was trained on, and use as many threads; return notes too.
+
+    Raises:
+        ValueError: if a stream does not have the digest that the checkpoint keeps.
+    """
+    text = open_text(state.model_cfg, state.train_cfg, sources)
+    if changes := data_changes(payload, describe(text.train, text.val)):
+        lines = "".join(f"\n  {line}" for line in changes)
+        raise ValueError(f"{path}: this is not the text that it was trained on:{lines}")
+    environment = kept_environment(payload)
+    torch.set_num_threads(environment.get("threads", torch.get_num_threads()))
+    device = str(state.params["tok_emb.weight"].device)
+    notes = environment_changes(
+        payload, describe_environment(device, environment.get("compile", False))
+    )
+    if "sources" not in payload:
+        notes.append(f"{path.name} keeps no digests: that the text is the same is not verified")
+    return text, [*text.notes, *notes]
+
+
+def _periodic(folder: Path) -> dict[int, Path]:
+    matches = (_PERIODIC.fullmatch(name) for name in own_files(folder))
+    return {int(match[1]): folder / match[0] for match in matches if match}
+
+
+# --- one step, from inside ---------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A row of a batch."""
+
+    source: str
+    start: int  # the first place in the source at which these bytes stand
+    loss: float  # nats, mean over its positions, with the dropout of the step
+    text: str
+
+
+class StepView(NamedTuple):
+    """A step from inside: what goes in, and how large everything gets on the way."""
+
+    step: int
+    lr: float
+    loss: float  # nats
+    grad_norm: float  # before clipping
+    clip: float  # what the gradients are multiplied by
+    rows: list[Row]
+    grad_norms: dict[str, float]  # by parameter, before clipping
+    activations: dict[str, float]  # largest magnitude of each module's output, in calling order
+
+
+def view_step(state: TrainState, text: Text) -> StepView:
+    """Show the next step of a run without taking it."""
+    params, cfg = state.params, state.model_cfg
+    batch = next_batch(state, text)
+    rows = range(len(batch[0]))
+    drop = dropout_of_step(state.train_cfg.seed, state.step, rows, cfg, batch[0].device)
+    grads, loss = gradients(params, batch, cfg, drop)
+    _, grad_norm = clip_by_global_norm(grads, state.train_cfg.grad_clip)
+    blocks = row_blocks(batch, drop)
+    with torch.no_grad():
+        losses = torch.cat([row_losses(params, block, cfg, keys) for block, keys in blocks])
+    return StepView(
+        step=state.step + 1,
+        lr=lr_of_step(state.step, state.train_cfg),
+        loss=loss.item(),
+        grad_norm=grad_norm.item(),
+        clip=(state.train_cfg.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0).item(),
+        rows=[_row(text.train, *row) for row in zip(*batch, losses.tolist(), strict=True)],
+        grad_norms={name: g.norm().item() for name, g in grads.items()},
+        activations=largest_activations(params, batch[0], cfg, drop),
+    )
+
+
+def largest_activations(
+    params: Tree, x: Tensor, cfg: ModelConfig, drop: Tensor | None
+) -> dict[str, float]:
+    """Return the largest magnitude in each module's output, in calling order; NaN if it has one."""
+    largest: dict[str, list[Tensor]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
+            largest.setdefault(name, []).append(output.abs().amax())
+
+        return hook
+
+    with torch.device("meta"):
+        model = GPT(cfg).eval()
+    for name, module in model.named_modules():
+        if name:
+            module.register_forward_hook(watch(name))
+    with torch.no_grad():
+        for (block, _), keys in row_blocks((x, x), drop):
+            functional_call(model, params, (block,), {"drop": keys}, strict=True)
+    return {name: torch.stack(values).amax().item() for name, values in largest.items()}
+
+
+def _row(sources: Mapping[str, bytes], x: Tensor, y: Tensor, loss: float) -> Row:
+    ids = torch.cat((x, y[-1:])).cpu()
+    window = bytes(ids.tolist())
+    starts = {name: stream.find(window) for name, stream in sources.items()}
+    source = next(name for name, start in starts.items() if start >= 0)
+    return Row(source, starts[source], loss, decode(ids))
+
+
+# --- from a folder -----------------------------------------------------------------------------
+
+
+def view_files(
+    start: Path, step: int, sources: StreamBuildConfig, device: str, on_step: OnStep
+) -> tuple[StepView, str, list[str]]:
+    """Show step `step` of the run of a checkpoint, or of a folder of them.
+
+    It is reached from the nearest checkpoint before it, or from the initial state.
+    Returns the view, the name of where it began, and notes.
+
+    Raises:
+        ValueError, OSError: if there is no such step, no checkpoint, or the text is another.
+    """
+    path = _nearest(start, step) if start.is_dir() else start
+    state, payload = load_state(path, device=device)
+    total = state.train_cfg.total_steps
+    if not 1 <= step <= total:
+        raise ValueError(f"--step {step}: {path} is of a run of steps 1 to {total}")
+    begin = path.name
+    if state.step >= step:
+        if not start.is_dir():
+            raise ValueError(f"{path} has {state.step} updates behind it: step {step} is past")
+        state, begin = make_state(state.model_cfg, state.train_cfg, device), "the initial state"
+    text, notes = open_text_of(payload, path, state, sources)
+    update = step_of(payload)
+    while state.step < step - 1:
+        state, _ = advance(state, text, update)
+        on_step(state.step)
+    return view_step(state, text), begin, notes
+
+
+def _nearest(folder: Path, step: int) -> Path:
+    """Return the last checkpoint before a step; the first after it where there is none before."""
+    steps = {path: number for number, path in _periodic(folder).items()}
+    for name in {"latest.pt", "best.pt"} & set(own_files(folder)):
+        with contextlib.suppress(CheckpointError):
+            steps[folder / name] = load_checkpoint(folder / name, device="cpu")["step"]
+    if not steps:
+        raise FileNotFoundError(f"{folder}: no checkpoint here")
+    before = [path for path, number in steps.items() if number < step]
+    return max(before, key=steps.__getitem__) if before else min(steps, key=steps.__getitem__)

@@ -1,0 +1,174 @@
+"""Sharpness: the largest eigenvalue of the Hessian, and the learning rate that it allows.
+
+Shapes: P parameters in all. A direction is a tree like the parameters, or one vector (P,).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+
+from niels_gpt.analysis.noise import OnProgress, next_rows
+from niels_gpt.config import ModelConfig
+from niels_gpt.loss import Batch, Tree, gradients
+from niels_gpt.lr_schedule import lr_of_step
+from niels_gpt.optim import BETAS, EPS, to_tree, to_vector
+from niels_gpt.rng import keyed_generator
+from niels_gpt.state import TrainState
+
+
+class Eigenvalue(NamedTuple):
+    """The largest eigenvalue of a symmetric map, as far as it was found."""
+
+    value: float
+    error: float  # an eigenvalue lies within this of `value`
+    products: int  # with vectors
+    converged: bool  # if not, `value` is a lower bound of the largest, give or take rounding
+
+
+class Curvature(NamedTuple):
+    """The sharpness of a state, plain and as AdamW sees it, and the rates that they bear."""
+
+    plain: Eigenvalue
+    plain_lr: float
+    adam: Eigenvalue | None  # None where there are no moments
+    adam_lr: float | None
+    lr: float  # of the schedule, at this step
+
+
+def curvature(
+    state: TrainState,
+    sources: Mapping[str, bytes],
+    p: Mapping[str, float],
+    *,
+    iterations: int = 20,
+    on_progress: OnProgress = lambda done, total: None,
+) -> Curvature:
+    """Measure both sharpnesses on the next batch of a run; see `sharpness` and `largest_lr`."""
+    batch, _ = next_rows(state, sources, p, 1)
+    params, cfg = state.params, state.model_cfg
+    generator = keyed_generator(state.train_cfg.seed, "sharpness", state.step)
+    vector = to_vector(params)
+    start = torch.randn(vector.shape, generator=generator).to(vector.device)
+
+    def find(scale: Tree | None) -> Eigenvalue:
+        return sharpness(
+            params,
+            batch,
+            cfg,
+            start,
+            scale=scale,
+            iterations=iterations,
+            on_progress=on_progress,
+        )
+
+    has_moments = any(v.any() for v in state.nu.values())
+    plain, adam = find(None), find(adam_scale(state)) if has_moments else None
+    return Curvature(
+        plain=plain,
+        plain_lr=largest_lr(plain.value),
+        adam=adam,
+        adam_lr=None if adam is None else largest_lr(adam.value, BETAS[0]),
+        lr=lr_of_step(min(state.step, state.train_cfg.total_steps - 1), state.train_cfg),
+    )
+
+
+def hessian_product(params: Tree, direction: Tree, batch: Batch, cfg: ModelConfig) -> Tree:
+    """Multiply the Hessian of the mean loss, without dropout, with a direction.
+
+    Forward over reverse: the derivative of the gradient along the direction (Pearlmutter 1994).
+    """
+    product: Tree = jvp(lambda p: gradients(p, batch, cfg)[0], (params,), (direction,))[1]
+    return product
+
+
+def sharpness(
+    params: Tree,
+    batch: Batch,
+    cfg: ModelConfig,
+    start: Tensor,
+    *,
+    scale: Tree | None = None,
+    iterations: int = 20,
+    on_progress: OnProgress = lambda done, total: None,
+) -> Eigenvalue:
+    """Find the largest eigenvalue of the Hessian H, or of D H D with D = diag(scale).
+
+    Args:
+        start: (P,) to begin with; random.
+    """
+    diagonal = torch.ones_like(start) if scale is None else to_vector(scale)
+
+    def product(v: Tensor) -> Tensor:
+        return diagonal * to_vector(
+            hessian_product(params, to_tree(diagonal * v, params), batch, cfg)
+        )
+
+    return largest_eigenvalue(product, start, iterations=iterations, on_progress=on_progress)
+
+
+def largest_eigenvalue(
+    product: Callable[[Tensor], Tensor],
+    start: Tensor,
+    *,
+    iterations: int = 20,
+    tolerance: float = 0.01,
+    on_progress: OnProgress = lambda done, total: None,
+) -> Eigenvalue:
+    """Find the largest eigenvalue of a symmetric map by Lanczos, fully orthogonalised.
+
+    Lanczos 1950; the error bound beta |s| with s the last component of the Ritz vector is that of
+    Parlett 1980, section 13-2. Ends when the bound is below `tolerance` of the value.
+    """
+    basis = [start / start.norm()]
+    rows: list[tuple[float, float]] = []  # diagonal and next to it
+    for done in range(1, iterations + 1):
+        w = product(basis[-1])
+        alpha = (w @ basis[-1]).item()
+        for q in basis * 2:  # once is not enough in float32
+            w = w - (w @ q) * q
+        beta = w.norm().item()
+        rows.append((alpha, beta))
+        values, vectors = torch.linalg.eigh(_tridiagonal(rows))
+        value, error = values[-1].item(), beta * abs(vectors[-1, -1].item())
+        converged = error <= tolerance * abs(value) or len(basis) == len(start)
+        on_progress(iterations if converged else done, iterations)
+        if converged:
+            break
+        basis.append(w / beta)
+    return Eigenvalue(value, error, done, converged)
+
+
+def _tridiagonal(rows: Sequence[tuple[float, float]]) -> Tensor:
+    diagonal, beside = zip(*rows, strict=True)
+    off = torch.tensor(beside[:-1]).diag(1) if len(rows) > 1 else torch.zeros(1, 1)
+    return torch.tensor(diagonal).diag() + off + off.T
+
+
+def adam_scale(state: TrainState) -> Tree:
+    """Return the diagonal D for which D H D has the curvature that AdamW sees.
+
+    AdamW divides its update by P = sqrt(nu / (1 - beta2^t)) + eps, so D = P^(-1/2).
+    """
+    correction = 1 - BETAS[1] ** state.step
+    return {name: ((v / correction).sqrt() + EPS).rsqrt() for name, v in state.nu.items()}
+
+
+def largest_lr(curvature: float, momentum: float = 0.0) -> float:
+    """Return the learning rate above which a quadratic of this curvature diverges.
+
+    For x <- x - lr * m with m <- momentum * m + (1 - momentum) * gradient it is
+    2 (1 + momentum) / ((1 - momentum) curvature): 2 / curvature for plain gradient descent, and
+    38 / curvature for Adam's beta1 = 0.9 with the preconditioned curvature (Cohen et al. 2022,
+    "Adaptive gradient methods at the edge of stability", arXiv 2207.14484, section 3).
+
+    A bound of the whole gradient and of a frozen preconditioner: noise of small batches lowers it,
+    clipping and an adapting preconditioner let a run survive above it, and weight decay is left
+    out. Curvature follows the learning rate: a run drifts to where its own rate is near the bound.
+    """
+    if curvature <= 0:
+        return math.inf
+    return 2 * (1 + momentum) / ((1 - momentum) * curvature)

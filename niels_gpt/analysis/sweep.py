@@ -1,0 +1,386 @@
+"""Learning rates, weight decays and seeds trained side by side, as one run under `vmap`.
+
+M models of one shape are one state whose tensors have M in front. Each has its own schedule,
+decay, batches and dropout: they are arguments of the parts of the step, which are mapped.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from niels_gpt.analysis.plot import COLOURS, MARKERS
+from niels_gpt.analysis.replay import advance
+from niels_gpt.config import ModelConfig, TrainConfig
+from niels_gpt.eval import evaluate
+from niels_gpt.loss import Batch, Tree, gradients, rows_per_block
+from niels_gpt.lr_schedule import lr_of_step
+from niels_gpt.model.flops import parameter_count
+from niels_gpt.optim import update
+from niels_gpt.run.plan import Text
+from niels_gpt.state import TrainState, make_state
+from niels_gpt.step import batch_of_step, dropout_of_step
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OnStep = Callable[[int, int], object]  # told how many steps of all models are done, and of how many
+
+TIMED_STEPS = 2
+FLOAT_BYTES = 4
+
+
+# --- the grid ----------------------------------------------------------------------------------
+
+
+def grid(
+    cfg: TrainConfig, lrs: Sequence[float], decays: Sequence[float], seeds: Sequence[int]
+) -> list[TrainConfig]:
+    """Return the config of each model: every lr with every decay and seed, seeds varying fastest.
+
+    `min_lr` keeps its ratio to `base_lr`.
+
+    Raises:
+        ValueError: for a learning rate of 0, or one that is no rate of a config.
+    """
+    if 0 in lrs:
+        raise ValueError("lr=0 has to be above 0: nothing is learned at that rate")
+    ratio = cfg.min_lr / cfg.base_lr if cfg.base_lr else 0.0
+    return [
+        replace(cfg, base_lr=lr, min_lr=lr * ratio, weight_decay=decay, seed=seed)
+        for lr in lrs
+        for decay in decays
+        for seed in seeds
+    ]
+
+
+def member_bytes(model_cfg: ModelConfig, B: int) -> int:
+    """Estimate the memory that one model takes while it is trained.
+
+    Two states, one being made from the other, three trees of gradients, and the activations of
+    the rows that are differentiated at a time. Peaks measured at C from 32 to 256 were 1 to 40 %
+    below it.
+    """
+    L, C, T = model_cfg.L, model_cfg.C, model_cfg.T
+    positions = min(B, rows_per_block(T)) * T
+    per_block = 32 * C + 8 * model_cfg.d_ff + 6 * model_cfg.H * T
+    activations = positions * (L * per_block + 8 * model_cfg.V)
+    return FLOAT_BYTES * (9 * parameter_count(model_cfg) + activations)
+
+
+def groups(members: Sequence[TrainConfig], each: int, budget: int) -> list[list[TrainConfig]]:
+    """Split into as few groups as fit, of nearly equal size; one that fits nowhere is alone."""
+    most = max(1, budget // each)
+    count = math.ceil(len(members) / most)
+    ends = [round(i * len(members) / count) for i in range(count + 1)]
+    return [list(members[a:b]) for a, b in pairwise(ends)]
+
+
+def memory_budget() -> int:
+    """Return half of this machine's memory."""
+    memory: int = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return memory // 2
+
+
+# --- many states as one ------------------------------------------------------------------------
+
+
+def stack(states: Sequence[TrainState]) -> TrainState:
+    """Stack states of one shape and step; the train config is that of the first."""
+    first = states[0]
+
+    def together(trees: Sequence[Tree]) -> Tree:
+        return {name: torch.stack([tree[name] for tree in trees]) for name in first.params}
+
+    params = together([state.params for state in states])
+    mu, nu = together([state.mu for state in states]), together([state.nu for state in states])
+    return TrainState(params, mu, nu, first.step, first.model_cfg, first.train_cfg)
+
+
+def unstack(stacked: TrainState, cfgs: Sequence[TrainConfig]) -> list[TrainState]:
+    """Take a stack apart again, each state under its own config."""
+
+    def member(tree: Tree, i: int) -> Tree:
+        return {name: x[i] for name, x in tree.items()}
+
+    params, mu, nu, step, model_cfg, _ = stacked
+    return [
+        TrainState(member(params, i), member(mu, i), member(nu, i), step, model_cfg, cfg)
+        for i, cfg in enumerate(cfgs)
+    ]
+
+
+def stacked_step(
+    stacked: TrainState, batch: Batch, keys: Tensor | None, lr: Tensor, weight_decay: Tensor
+) -> tuple[TrainState, Tensor]:
+    """Take one step of all models; return the stack after it and the losses before it, (M,).
+
+    Args:
+        batch: x and y, each (M, B, T).
+        keys: of the dropout, (M, B, S, 2).
+        lr, weight_decay: (M,).
+    """
+    model_cfg, cfg, count = stacked.model_cfg, stacked.train_cfg, stacked.step + 1
+
+    def step(
+        params: Tree,
+        mu: Tree,
+        nu: Tree,
+        batch: Batch,
+        keys: Tensor | None,
+        lr: Tensor,
+        weight_decay: Tensor,
+    ) -> tuple[Tree, Tree, Tree, Tensor]:
+        grads, loss = gradients(params, batch, model_cfg, keys)
+        params, mu, nu, _ = update(
+            params,
+            grads,
+            mu,
+            nu,
+            count=count,
+            lr=lr,
+            weight_decay=weight_decay,
+            max_norm=cfg.grad_clip,
+        )
+        return params, mu, nu, loss
+
+    in_dims = (0, 0, 0, 0, None if keys is None else 0, 0, 0)
+    params, mu, nu, losses = vmap(step, in_dims)(*stacked[:3], batch, keys, lr, weight_decay)
+    return TrainState(params, mu, nu, count, model_cfg, cfg), losses
+
+
+def advance_all(
+    stacked: TrainState, cfgs: Sequence[TrainConfig], text: Text
+) -> tuple[TrainState, Tensor]:
+    """Take the next step of every model, each with what its own config draws and sets."""
+    k, model_cfg = stacked.step, stacked.model_cfg
+    device = stacked.params["tok_emb.weight"].device
+    seeds = {cfg.seed: cfg for cfg in cfgs}  # models of one seed share what it draws
+    batches = {
+        seed: batch_of_step(seed, k, text.train, p=text.p, B=cfg.B, T=model_cfg.T, device=device)
+        for seed, cfg in seeds.items()
+    }
+    drawn = {
+        seed: dropout_of_step(seed, k, range(cfg.B), model_cfg, device)
+        for seed, cfg in seeds.items()
+    }
+    x, y = (torch.stack([batches[cfg.seed][i] for cfg in cfgs]) for i in (0, 1))
+    keys = [key for cfg in cfgs if (key := drawn[cfg.seed]) is not None]
+    lr = torch.tensor([lr_of_step(k, cfg) for cfg in cfgs], device=device)
+    decay = torch.tensor([cfg.weight_decay for cfg in cfgs], device=device)
+    return stacked_step(stacked, (x, y), torch.stack(keys) if keys else None, lr, decay)
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+def train_together(
+    model_cfg: ModelConfig,
+    cfgs: Sequence[TrainConfig],
+    text: Text,
+    device: str = "cpu",
+    *,
+    on_step: OnStep = lambda done, total: None,
+) -> list[TrainState]:
+    """Train a model for each config, all at once, and return their final states."""
+    stacked = stack([make_state(model_cfg, cfg, device) for cfg in cfgs])
+    total = cfgs[0].total_steps
+    while stacked.step < total:
+        stacked, _ = advance_all(stacked, cfgs, text)
+        on_step(stacked.step * len(cfgs), total * len(cfgs))
+    return unstack(stacked, cfgs)
+
+
+def train_alone(
+    model_cfg: ModelConfig,
+    cfgs: Sequence[TrainConfig],
+    text: Text,
+    device: str = "cpu",
+    *,
+    on_step: OnStep = lambda done, total: None,
+) -> list[TrainState]:
+    """As `train_together`, one model after the other with `train_step`, without `vmap`."""
+    return [
+        _train_one(make_state(model_cfg, cfg, device), text, i, len(cfgs), on_step)
+        for i, cfg in enumerate(cfgs)
+    ]
+
+
+def _train_one(
+    state: TrainState, text: Text, before: int, models: int, on_step: OnStep
+) -> TrainState:
+    total = state.train_cfg.total_steps
+    while state.step < total:
+        state, _ = advance(state, text)
+        on_step(before * total + state.step, models * total)
+    return state
+
+
+class Cost(NamedTuple):
+    """What a sweep will take."""
+
+    models: int
+    groups: int
+    bytes_at_once: int
+    seconds_per_step: float  # of the first group
+    seconds_per_step_alone: float  # of the same models one by one
+    seconds: float  # of the sweep, without evaluations
+
+
+def cost(
+    model_cfg: ModelConfig,
+    parts: Sequence[Sequence[TrainConfig]],
+    text: Text,
+    device: str,
+    *,
+    solo: bool,
+) -> Cost:
+    """Estimate a sweep of these groups by timing a few of its steps both ways."""
+    first = parts[0]
+    stacked = stack([make_state(model_cfg, cfg, device) for cfg in first])
+    state = make_state(model_cfg, first[0], device)
+    together = _seconds(lambda: advance_all(stacked, first, text)[1].sum().item())
+    alone = _seconds(lambda: advance(state, text)[1]["loss"].item()) * len(first)
+    models = sum(len(part) for part in parts)
+    steps = first[0].total_steps * models / len(first)
+    return Cost(
+        models=models,
+        groups=len(parts),
+        bytes_at_once=member_bytes(model_cfg, first[0].B) * (1 if solo else len(first)),
+        seconds_per_step=together,
+        seconds_per_step_alone=alone,
+        seconds=steps * (alone if solo else together),
+    )
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    action()  # pays for what is done once
+    start = time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        action()
+    return (time.perf_counter() - start) / TIMED_STEPS
+
+
+# --- what came out -----------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    """One model of a sweep."""
+
+    lr: float
+    weight_decay: float
+    seed: int
+    val_loss: float  # nats, after the last step; not finite if the model diverged
+
+
+class Cell(NamedTuple):
+    """The models of one learning rate and decay, over their seeds."""
+
+    lr: float
+    weight_decay: float
+    mean: float  # nats; infinite if a seed diverged
+    spread: float | None  # standard deviation over seeds, None for one seed
+    seeds: int
+    diverged: int
+
+
+def results(states: Sequence[TrainState], stream: bytes, seed: int) -> list[Result]:
+    """Evaluate each model on the same batches of a stream."""
+    return [
+        Result(
+            state.train_cfg.base_lr,
+            state.train_cfg.weight_decay,
+            state.train_cfg.seed,
+            evaluate(state, stream, seed),
+        )
+        for state in states
+    ]
+
+
+def cells(found: Sequence[Result]) -> list[Cell]:
+    """Sum up over seeds, by weight decay and then by learning rate."""
+    losses: dict[tuple[float, float], list[float]] = {}
+    for r in found:
+        losses.setdefault((r.weight_decay, r.lr), []).append(r.val_loss)
+    return [_cell(lr, decay, nats) for (decay, lr), nats in sorted(losses.items())]
+
+
+def _cell(lr: float, decay: float, nats: list[float]) -> Cell:
+    diverged = sum(not math.isfinite(x) for x in nats)
+    if diverged:
+        return Cell(lr, decay, math.inf, None, len(nats), diverged)
+    spread = statistics.stdev(nats) if len(nats) > 1 else None
+    return Cell(lr, decay, statistics.fmean(nats), spread, len(nats), 0)
+
+
+class Suggestion(NamedTuple):
+    """The best of a sweep."""
+
+    best: Cell
+    notes: list[str]
+
+
+def suggest(found: Sequence[Cell]) -> Suggestion | None:
+    """Choose the lowest mean, and say what speaks against it; None if every cell has diverged."""
+    best = min(found, key=lambda cell: cell.mean)
+    if math.isinf(best.mean):
+        return None
+    notes = [
+        f"the best {what} lies at the {end} end of the grid: the optimum may lie beyond"
+        for what, value, values in (
+            ("lr", best.lr, [cell.lr for cell in found]),
+            ("weight decay", best.weight_decay, [cell.weight_decay for cell in found]),
+        )
+        for end, at_end in (("lower", min(values)), ("upper", max(values)))
+        if value == at_end and len(set(values)) > 1
+    ]
+    if best.spread is not None:
+        notes += [
+            f"lr {c.lr:g} with weight decay {c.weight_decay:g} is as good, within the seeds' spread"
+            for c in found
+            if c is not best and c.mean - best.mean <= max(best.spread, c.spread or 0.0)
+        ]
+    return Suggestion(best, notes)
+
+
+def draw(found: Sequence[Cell]) -> Figure:
+    """Draw the mean loss against the learning rate, a line per weight decay, seeds as bars.
+
+    A rate at which a seed diverged has a cross on the upper edge.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, decay in enumerate(sorted({cell.weight_decay for cell in found})):
+        line = [c for c in found if c.weight_decay == decay and not c.diverged]
+        if not line:
+            continue
+        axes.errorbar(
+            [c.lr for c in line],
+            [c.mean for c in line],
+            [c.spread or 0.0 for c in line],
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+            capsize=4,
+            lw=2,
+            label=f"weight decay {decay:g}",
+        )
+    if lost := sorted({c.lr for c in found if c.diverged}):
+        on_edge = axes.get_xaxis_transform()
+        axes.plot(lost, [1] * len(lost), "kx", ms=8, transform=on_edge, label="diverged")
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate (base_lr)")
+    axes.set_ylabel("validation loss (nats per byte)")
+    axes.legend()
+    return figure

@@ -1,0 +1,81 @@
+"""The `chat` command: a conversation with a model."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from niels_gpt.cli.options import HELP
+from niels_gpt.cli.sampling import generation_options, use_one_thread
+from niels_gpt.failures import exit_on_failure
+from niels_gpt.terminal import exit_on_interrupt, note, write
+
+ASK = "> "
+
+
+@click.command(
+    context_settings={**HELP, "show_default": True},
+    epilog="Example: niels-gpt chat --ckpt checkpoints/best.pt --system 'You are a kind teacher.'",
+)
+@click.option("--message", metavar="TEXT", help="Say this, print the reply and end.")
+@click.option("--system", metavar="TEXT", help="What the assistant should know or be.")
+@generation_options
+def main(
+    message: str | None,
+    system: str | None,
+    ckpt: Path,
+    max_bytes: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    device: str | None,
+) -> None:
+    """Talk with a model; /help lists the commands, Ctrl-D ends.
+
+    Replies go to stdout, everything else to stderr. The same lines with the same seed get the
+    same replies.
+    """
+    with exit_on_interrupt():
+        with exit_on_failure(2):
+            from niels_gpt.device import resolve_device
+            from niels_gpt.inference.chat import Voice, answer, converse, new_chat
+            from niels_gpt.inference.generate import Sampling
+            from niels_gpt.inference.load import load_model
+
+            sampling = Sampling(temperature, top_k, top_p)
+            trained = load_model(ckpt, resolve_device(device))
+            voice = Voice(trained.params, trained.cfg, sampling, max_bytes)
+            chat = new_chat(system and _whole(system), seed)
+        use_one_thread()
+        with exit_on_failure(1):
+            if message is None:
+                converse(voice, chat, _lines(), write, note)
+            else:
+                answer(voice, chat, _whole(message), write, note)
+
+
+def _whole(argument: str) -> str:
+    """Return an argument as text: what the shell gave that is not UTF-8 becomes U+FFFD."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _lines() -> Iterator[str]:
+    """Yield what the user types, with editing and history on a terminal, until the end."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        yield from sys.stdin
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # what it gives to input() is the history
+    note("/help lists the commands, Ctrl-D ends")
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input(ASK)
+    click.echo(err=True)

@@ -1,0 +1,161 @@
+"""The `checkpoint` commands: look at checkpoints, check them, compare them, export the model."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from niels_gpt.cli.options import HELP, PATH
+from niels_gpt.cli.report import print_json
+from niels_gpt.failures import exit_on_failure
+from niels_gpt.terminal import write
+
+if TYPE_CHECKING:
+    from niels_gpt.analysis.checkpoint_report import Comparison, Verdict
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group(context_settings=HELP)
+def main() -> None:
+    """Show, verify, compare, export checkpoints."""
+
+
+@main.command(epilog="Example: niels-gpt checkpoint info checkpoints/latest.pt")
+@click.argument("path", type=PATH)
+@_JSON
+def info(path: Path, as_json: bool) -> None:
+    """Show what a checkpoint holds.
+
+    Its step and losses, configs, the text it was trained on, and what it was trained with.
+    """
+    with exit_on_failure(2):
+        from niels_gpt.analysis.checkpoint_report import describe_checkpoint
+
+        found = describe_checkpoint(path)
+    if as_json:
+        print_json(found)
+    else:
+        write("\n".join(_info_lines(found)) + "\n")
+
+
+@main.command(epilog="Example: niels-gpt checkpoint verify checkpoints/")
+@click.argument("paths", type=PATH, nargs=-1, required=True, metavar="PATH...")
+@_JSON
+def verify(paths: tuple[Path, ...], as_json: bool) -> None:
+    """Check checkpoints to the last bit.
+
+    Takes files, and folders for all that are in them. Exit code 0 if all are good, 1 if one is not.
+    """
+    with exit_on_failure(2):
+        from niels_gpt.analysis import checkpoint_report
+
+        files = [file for path in paths for file in checkpoint_report.checkpoints_in(path)]
+        verdicts = [checkpoint_report.verify(file) for file in files]
+    if as_json:
+        print_json([{**v._asdict(), "path": str(v.path)} for v in verdicts])
+    else:
+        write("\n".join(map(_verdict_line, verdicts)) + "\n")
+    sys.exit(1 if any(v.problem for v in verdicts) else 0)
+
+
+@main.command(epilog="Example: niels-gpt checkpoint diff checkpoints/best.pt checkpoints/latest.pt")
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@click.option(
+    "-n", "n", type=click.IntRange(0), default=10, show_default=True, help="Parameters to show."
+)
+@_JSON
+def diff(a: Path, b: Path, n: int, as_json: bool) -> None:
+    """Show how checkpoint B differs from A.
+
+    In settings, step and losses, and the parameters that moved farthest.
+    """
+    with exit_on_failure(2):
+        from niels_gpt.analysis.checkpoint_report import compare
+
+        found = compare(a, b)
+    if as_json:
+        print_json(found)
+    else:
+        write("\n".join(_diff_lines(found, n)) + "\n")
+
+
+@main.command(epilog="Example: niels-gpt checkpoint export checkpoints/best.pt model.safetensors")
+@click.argument("path", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--force", is_flag=True, help="Replace files that are there.")
+def export(path: Path, out: Path, force: bool) -> None:
+    """Write the model as safetensors.
+
+    Its config comes as .json beside it. The output layer is the embedding and is stored once, as
+    tok_emb.weight.
+    """
+    with exit_on_failure(2):
+        from niels_gpt.inference.export import export as write_export
+
+        written = write_export(path, out, overwrite=force)
+    click.echo("\n".join(map(str, written)))
+
+
+def _info_lines(found: dict[str, Any]) -> list[str]:
+    best, at = found["best_val_loss"], found["scores"]["best_step"]
+    when = "" if at is None else f" after step {at:,}"
+    facts = [
+        ("file", f"{found['path']}, {found['file_bytes']:,} bytes"),
+        ("digest", found["digest"] or "none: written by another program"),
+        ("step", f"{found['step']:,}"),
+        ("best loss", "-" if best is None else f"{best:.4f} nats (wiki){when}"),
+        ("parameters", f"{found['parameters']:,}"),
+        ("model", _pairs(found["model_cfg"])),
+        ("train", _pairs(found["train_cfg"])),
+        ("trained with", _pairs(found["environment"]) or "-"),
+        *(
+            (
+                f"{split}/{name}",
+                f"{text['origin']}, {text['bytes']:,} bytes, sha256 {text['sha256'][:12]}",
+            )
+            for split, sources in found["sources"].items()
+            for name, text in sources.items()
+        ),
+        *(("note", note) for note in found["notes"]),
+    ]
+    return [
+        textwrap.fill(f"{name:<14}{fact}", 100, subsequent_indent=" " * 14) for name, fact in facts
+    ]
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} ({_pairs(value)})" if isinstance(value, dict) else f"{key} {value}"
+        for key, value in values.items()
+    )
+
+
+def _verdict_line(v: Verdict) -> str:
+    if v.problem is not None:
+        return f"BAD   {v.path}: {v.problem}"
+    checked = f"sha256 {v.digest[:12]}" if v.digest else "no digest, but CRCs and content are good"
+    return f"good  {v.path}: step {v.step:,}, {checked}"
+
+
+def _diff_lines(found: Comparison, n: int) -> list[str]:
+    lines = [f"{key}: {a} -> {b}" for key, a, b in found.settings]
+    if found.unlike:
+        lines.append(
+            f"{len(found.unlike)} parameters are of different shape, or in one of them only"
+        )
+    if found.parameters:
+        lines += ["", f"{'parameter':<28}  {'relative':>9}  {'largest':>9}"]
+        lines += [
+            f"{c.name:<28}  {c.relative:9.3g}  {c.largest:9.3g}" for c in found.parameters[:n]
+        ]
+        if (more := len(found.parameters) - n) > 0:
+            lines.append(f"and {more} more")
+    if found.same:
+        lines.append(f"{found.same} parameters are the same, bit for bit")
+    return lines

@@ -1,0 +1,53 @@
+"""The `config` commands: what a config says, once it is resolved."""
+
+import click
+
+from niels_gpt.analysis.config_report import Setting, resolve
+from niels_gpt.cli.options import CONFIG, HELP
+from niels_gpt.cli.report import print_json
+from niels_gpt.config import find_config
+from niels_gpt.failures import exit_on_failure
+
+
+@click.group(context_settings=HELP)
+def main() -> None:
+    """Show what a config says."""
+
+
+@main.command(
+    epilog="Example: niels-gpt config show --config smoke --set train.B=16",
+)
+@click.option(
+    "--config",
+    type=CONFIG,
+    metavar="FILE",
+    help="JSON config, or a bare name (the defaults alone).",
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def show(config: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show every value of a config and where it came from.
+
+    That is its default, the file, or --set. With --json the field `config` is a whole config, as
+    a file could hold it.
+    """
+    with exit_on_failure(2):
+        settings, resolved = resolve(None if config is None else find_config(config), overrides)
+    if as_json:
+        print_json({"config": resolved, "from": {s.key: s.origin for s in settings}})
+    else:
+        click.echo("\n".join(_lines(settings)))
+
+
+def _lines(settings: list[Setting]) -> list[str]:
+    rows = [("key", "value", "from", "meaning"), *(_row(s) for s in settings)]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return [
+        "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    ]
+
+
+def _row(s: Setting) -> tuple[str, str, str, str]:
+    changed = s.default is not None and s.value != s.default
+    return s.key, str(s.value), s.origin, s.meaning + f" (default {s.default})" * changed

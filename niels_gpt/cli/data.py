@@ -1,0 +1,208 @@
+"""The `data` commands: look at the text, build it, fetch it, read it as the model does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from niels_gpt.cli.options import CONFIG, HELP, Command, source_options
+from niels_gpt.cli.report import print_json
+from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_from_json
+from niels_gpt.failures import exit_on_failure
+from niels_gpt.terminal import write
+
+if TYPE_CHECKING:
+    from niels_gpt.analysis.data_report import LeftOut, Source
+    from niels_gpt.streams import Sources, StreamBuildConfig
+
+SHOWN = 20  # lines of a list
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _config_option(command: Command) -> Command:
+    return click.option(
+        "--config",
+        type=CONFIG,
+        metavar="FILE",
+        help="Take seed, T and shares from it (the defaults).",
+    )(command)
+
+
+@click.group(context_settings=HELP)
+def main() -> None:
+    """Look at, build and fetch the training text."""
+
+
+@main.command(epilog="Example: niels-gpt data info --roam ~/notes")
+@_config_option
+@source_options
+@_JSON
+def info(
+    config: str | None, wiki: Path | None, roam: Path | None, primer: Path | None, as_json: bool
+) -> None:
+    """Show each source and what was left out.
+
+    Where it is from, its splits with sizes and digests, the state of the cache, and every file
+    that is not read, with the reason. Writes nothing and fetches nothing.
+    """
+    with exit_on_failure(2):
+        from niels_gpt.analysis.data_report import survey
+
+        found = survey(_where(config, wiki, roam, primer)[2])
+    if as_json:
+        print_json(found)
+    else:
+        write("".join(f"{line}\n" for source in found for line in _source_lines(source)))
+
+
+@main.command(epilog="Example: niels-gpt data build --roam ~/notes")
+@_config_option
+@source_options
+@click.option("--rebuild", is_flag=True, help="Build anew what is in the cache already.")
+@_JSON
+def build(
+    config: str | None,
+    wiki: Path | None,
+    roam: Path | None,
+    primer: Path | None,
+    rebuild: bool,
+    as_json: bool,
+) -> None:
+    """Build the streams ahead of a training.
+
+    A source that is named has to be there; of the others those that are there are built.
+    """
+    given = {"wiki": wiki, "roam": roam, "primer": primer}
+    with exit_on_failure(2):
+        from niels_gpt.streams import build_sources
+
+        train, val = build_sources(
+            replace(
+                _where(config, wiki, roam, primer)[2],
+                required_sources=tuple(name for name, place in given.items() if place),
+                force_rebuild=rebuild,
+            )
+        )
+    _tell([*train.notes, *(f"{name}: left out ({why})" for name, why in train.missing.items())])
+    _show_streams(train, val, as_json)
+
+
+@main.command(epilog="Example: niels-gpt data fetch")
+@_JSON
+def fetch(as_json: bool) -> None:
+    """Get WikiText-103 into the cache.
+
+    From then on no network is needed. Takes the extra `wiki`. What was downloaded before an
+    interruption is not downloaded again.
+    """
+    with exit_on_failure(2):
+        from niels_gpt.streams import fetch_wikitext
+
+        train, val = fetch_wikitext()
+    _tell(train.notes)
+    _show_streams(train, val, as_json)
+
+
+@main.command(epilog="Example: niels-gpt data sample --config smoke --roam ~/notes -n 3")
+@_config_option
+@source_options
+@click.option("--step", type=click.IntRange(1), default=1, show_default=True, help="Of the run.")
+@click.option("-n", "n", type=click.IntRange(1), default=3, show_default=True, help="Rows to show.")
+@_JSON
+def sample(
+    config: str | None,
+    wiki: Path | None,
+    roam: Path | None,
+    primer: Path | None,
+    step: int,
+    n: int,
+    as_json: bool,
+) -> None:
+    """Print training windows as the model gets them.
+
+    They are the first rows of the batch of a step, those that a training with this config and
+    text draws.
+    """
+    with exit_on_failure(2):
+        model_cfg, train_cfg, where = _where(config, wiki, roam, primer)
+        from niels_gpt.analysis.windows import rows_of_step
+        from niels_gpt.run.plan import open_text
+
+        text = open_text(model_cfg, train_cfg, where)
+        rows = rows_of_step(model_cfg, train_cfg, text, step)[:n]
+    _tell(text.notes)
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        click.echo(f"--- step {step}, row {row.row}: {row.source} from byte {row.start:,} ---")
+        write(row.text + "\n")
+
+
+def _where(
+    config: str | None, wiki: Path | None, roam: Path | None, primer: Path | None
+) -> tuple[ModelConfig, TrainConfig, StreamBuildConfig]:
+    """Return the configs, and where and how the sources are read under them."""
+    from niels_gpt.streams import locate
+
+    model_cfg, train_cfg = ModelConfig(), TrainConfig()
+    if config is not None:
+        model_cfg, train_cfg = load_config_from_json(find_config(config))
+    where = locate(wiki, roam, primer)
+    return (
+        model_cfg,
+        train_cfg,
+        replace(where, T=model_cfg.T, seed=train_cfg.seed, wiki_fallback=True),
+    )
+
+
+def _tell(notes: Iterable[str]) -> None:
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+
+
+def _show_streams(train: Sources, val: Sources, as_json: bool) -> None:
+    from niels_gpt.streams import describe_sources
+
+    found = {split: describe_sources(s) for split, s in (("train", train), ("val", val))}
+    if as_json:
+        print_json(found)
+        return
+    for split, infos in found.items():
+        for name, i in infos.items():
+            click.echo(
+                f"{f'{split}/{name}':<14}{i.origin}, {i.nbytes:,} bytes, sha256 {i.sha256[:12]}"
+            )
+
+
+def _source_lines(source: Source) -> list[str]:
+    if source.problem is not None:
+        lines = [f"{source.name:<8}not there: {source.problem}"]
+    else:
+        files = "" if source.files is None else f", {_count(source.files, 'file')}"
+        place = f" in {source.place}" if source.place else ""
+        lines = [f"{source.name:<8}{source.origin}{place}{files}"]
+    for split, s in source.splits.items():
+        documents = "" if s.documents is None else f"{_count(s.documents, 'document')}, "
+        lines.append(
+            f"  {split:<6}{documents}{s.nbytes:,} bytes, sha256 {s.sha256[:12]}, {s.cache}"
+        )
+    lines += [f"  note: {note}" for note in source.notes]
+    lines += _listed("left out", source.left_out) + _listed("not as it is", source.altered)
+    return lines
+
+
+def _count(n: int, thing: str) -> str:
+    return f"{n:,} {thing}" + "s" * (n != 1)
+
+
+def _listed(what: str, files: list[LeftOut]) -> list[str]:
+    lines = [f"  {what}: {file.path}: {file.reason}" for file in files[:SHOWN]]
+    if (more := len(files) - SHOWN) > 0:
+        lines.append(f"  {what}: and {more:,} more (--json lists them all)")
+    return lines

@@ -1,0 +1,58 @@
+"""The `plot` command: the loss and learning rate of runs, as a picture or a table."""
+
+from pathlib import Path
+
+import click
+
+from niels_gpt import paths
+from niels_gpt.analysis import plot
+from niels_gpt.cli.options import HELP, PATH
+from niels_gpt.cli.report import print_json
+from niels_gpt.failures import exit_on_failure
+
+
+@click.command(
+    context_settings=HELP,
+    epilog="Example: niels-gpt plot checkpoints/metrics.jsonl --x hours --out loss.png",
+)
+@click.argument("runs", type=PATH, nargs=-1, metavar="[METRICS.JSONL]...")
+@click.option(
+    "--x",
+    type=click.Choice(list(plot.X_AXES)),
+    default="steps",
+    show_default=True,
+    help="What runs along the x axis.",
+)
+@click.option(
+    "--out",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    help="Picture, .png or .svg (loss.png, .svg).",
+)
+@click.option("--table", "as_table", is_flag=True, help="Print the numbers, draw nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON, draw nothing.")
+def main(
+    runs: tuple[Path, ...], x: str, out: tuple[Path, ...], as_table: bool, as_json: bool
+) -> None:
+    """Plot the losses and learning rate of runs.
+
+    Takes the metrics.jsonl of each run, or the folder that it lies in (default: the folder of
+    checkpoints). Draws with matplotlib; where that is not installed, prints the numbers.
+    """
+    with exit_on_failure(2):
+        plot.check_paths(out)
+        given = list(runs) or [paths.CHECKPOINT_DIR]
+        found = [plot.read_curves(path, x) for path in given]
+        labels = plot.distinct_labels([run.label for run in found])
+        found = [run._replace(label=label) for run, label in zip(found, labels, strict=True)]
+        if as_json:
+            print_json(found)
+        elif as_table or not plot.have_matplotlib():
+            click.echo("\n".join(plot.table(found, x)))
+            if not as_table:
+                click.echo(plot.INSTALL, err=True)
+        else:
+            pictures = list(out) or [Path("loss.png"), Path("loss.svg")]
+            plot.save(found, x, pictures)
+            click.echo("\n".join(map(str, pictures)))

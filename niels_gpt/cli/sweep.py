@@ -1,0 +1,167 @@
+"""The `sweep` command: learning rates, weight decays and seeds as one run."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from niels_gpt.cli.options import HELP, PATH, source_options
+from niels_gpt.cli.report import print_json
+from niels_gpt.failures import exit_on_failure
+from niels_gpt.terminal import exit_on_interrupt
+
+if TYPE_CHECKING:
+    from niels_gpt.analysis.sweep import Cell, Cost, Suggestion
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> list[float] | None:
+    """Parse "1e-4,3e-4"."""
+    if text is None:
+        return None
+    try:
+        numbers = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of numbers such as 1e-4,3e-4") from None
+    if len(set(numbers)) < len(numbers):
+        raise click.BadParameter(f"{text!r} has a number twice; more runs of each are --seeds N")
+    return numbers
+
+
+@click.command(
+    context_settings=HELP,
+    epilog="Example: niels-gpt sweep --config quick --set train.total_steps=200 "
+    "--lr 3e-4,1e-3,3e-3 --seeds 2",
+)
+@click.option("--config", required=True, metavar="FILE", help="JSON config, or a bare name.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")
+@click.option("--lr", "lrs", required=True, callback=_numbers, metavar="A,B,...", help="base_lr.")
+@click.option("--weight-decay", "decays", callback=_numbers, metavar="A,B,...")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N")
+@source_options
+@click.option("--device", default="cpu", metavar="NAME", show_default=True)
+@click.option("--memory", type=click.FloatRange(min=0), metavar="GB", help="Half of what is here.")
+@click.option("--solo", is_flag=True, help="One model after the other, without vmap.")
+@click.option("--dry-run", is_flag=True, help="Estimate memory and time only.")
+@click.option("--picture", type=PATH, multiple=True, metavar="FILE", help="A .png or .svg.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(
+    config: str,
+    overrides: tuple[str, ...],
+    lrs: list[float],
+    decays: list[float] | None,
+    seeds: int,
+    wiki: Path | None,
+    roam: Path | None,
+    primer: Path | None,
+    device: str,
+    memory: float | None,
+    solo: bool,
+    dry_run: bool,
+    picture: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    """Train a model for each learning rate, weight decay and seed, and compare them.
+
+    All models of a group are trained at once. The seeds count up from the config's; they change
+    initial weights, batches and dropout, not the text or what the models are evaluated on.
+    `min_lr` keeps its ratio to the learning rate.
+    """
+    with exit_on_interrupt(), exit_on_failure(2):
+        from niels_gpt.analysis import plot, sweep
+        from niels_gpt.config import find_config, load_config_from_json
+        from niels_gpt.device import resolve_device
+        from niels_gpt.run.plan import open_text
+        from niels_gpt.streams import locate
+
+        plot.check_paths(picture)
+        if lost := [path for path in picture if not path.parent.is_dir()]:
+            raise ValueError(f"--picture {lost[0]}: there is no folder {lost[0].parent}; make it")
+        if picture and not plot.have_matplotlib():
+            raise ValueError(f"--picture needs matplotlib; {plot.INSTALL}")
+        device = resolve_device(device)
+        model_cfg, train_cfg = load_config_from_json(find_config(config), overrides)
+        cfgs = sweep.grid(
+            train_cfg,
+            lrs,
+            decays or [train_cfg.weight_decay],
+            range(train_cfg.seed, train_cfg.seed + seeds),
+        )
+        text = open_text(model_cfg, train_cfg, locate(wiki, roam, primer))
+        for note in text.notes:
+            click.echo(f"note: {note}", err=True)
+        budget = sweep.memory_budget() if memory is None else int(memory * 1e9)
+        each = sweep.member_bytes(model_cfg, train_cfg.B)
+        parts = sweep.groups(cfgs, each, budget)
+        if each > budget:
+            click.echo(f"note: {_memory_note(each, budget)}", err=True)
+        cost = sweep.cost(model_cfg, parts, text, device, solo=solo)
+    click.echo(_cost_line(cost, solo), err=not dry_run or as_json)
+    if dry_run:
+        if as_json:
+            print_json({"cost": cost})
+        return
+    with exit_on_interrupt(), exit_on_failure(1):
+        train = sweep.train_alone if solo else sweep.train_together
+        found = []
+        for part in parts:
+            states = train(model_cfg, part, text, device, on_step=_show_step)
+            found += sweep.results(states, text.val["wiki"], train_cfg.seed)
+        cells = sweep.cells(found)
+        best = sweep.suggest(cells)
+        if as_json:
+            print_json({"cost": cost, "results": found, "cells": cells, "suggestion": best})
+        else:
+            click.echo("\n".join(_lines(cells, best)))
+        if picture:
+            plot.save_figure(lambda: sweep.draw(cells), picture)
+
+
+def _show_step(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        end = "\r\x1b[K" if done == total else ""
+        click.echo(f"\rstep {done:,} of {total:,}{end}", err=True, nl=False)
+
+
+def _cost_line(cost: Cost, solo: bool) -> str:
+    from niels_gpt.run.dry_run import duration, size
+
+    ratio = cost.seconds_per_step / cost.seconds_per_step_alone
+    way = "one by one" if solo else f"in {cost.groups} group{'s' if cost.groups > 1 else ''}"
+    models = f"{cost.models} model{'s' if cost.models > 1 else ''}"
+    return (
+        f"{models} {way}: about {size(cost.bytes_at_once)} of memory, "
+        f"{duration(cost.seconds)} of training; a step of a group takes "
+        f"{cost.seconds_per_step:.3g} s together, {cost.seconds_per_step_alone:.3g} s one by one "
+        f"(ratio {ratio:.2f})"
+    )
+
+
+def _memory_note(each: int, budget: int) -> str:
+    from niels_gpt.run.dry_run import size
+
+    return f"one model alone takes about {size(each)}, more than the {size(budget)} allowed"
+
+
+def _lines(cells: Sequence[Cell], best: Suggestion | None) -> list[str]:
+    lines = [f"{'weight decay':>12}  {'lr':>9}  {'val nats':>8}  {'spread':>7}  seeds"]
+    lines += [_row(cell) for cell in cells]
+    if best is None:
+        return [*lines, "every learning rate diverged: go lower"]
+    chosen = best.best
+    return [
+        *lines,
+        f"suggested: lr {chosen.lr:g}, weight decay {chosen.weight_decay:g}",
+        *(f"note: {note}" for note in best.notes),
+    ]
+
+
+def _row(cell: Cell) -> str:
+    nats = "diverged" if math.isinf(cell.mean) else f"{cell.mean:.4f}"
+    spread = "-" if cell.spread is None else f"{cell.spread:.4f}"
+    seeds = f"{cell.diverged} of {cell.seeds} diverged" if cell.diverged else f"{cell.seeds}"
+    return f"{cell.weight_decay:>12g}  {cell.lr:>9g}  {nats:>8}  {spread:>7}  {seeds}"

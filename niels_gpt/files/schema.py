@@ -1,0 +1,355 @@
+"""What a checkpoint may hold: its canonical form, its digest, and the checks on the way in.
+
+A payload is the dict of a checkpoint (its keys are listed in `niels_gpt.checkpoint`). The same
+checks guard the way out and the way back, so that whatever is written loads.
+"""
+
+import ctypes
+import hashlib
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from niels_gpt.config import ModelConfig
+from niels_gpt.files.torchfile import CheckpointError, show
+from niels_gpt.model.gpt import skeleton
+
+Payload = dict[str, Any]
+
+KEYS = ("model_cfg", "train_cfg", "model_state", "optimizer_state", "step", "best_val_loss")
+OPTIONAL = ("optimizer_state", "best_val_loss")
+MODEL_FIELDS = ("V", "T", "C", "L", "H", "d_ff", "dropout", "rope_theta")
+TIED = ("model_state.tok_emb.weight", "model_state.lm_head.weight")
+
+MAX_VALUES = 200_000  # 1024 blocks take 60 thousand
+MAX_DEPTH = 32
+MAX_INT_BITS = 2000
+MAX_STEP = 10**12
+
+
+# --- canonical form ----------------------------------------------------------------------------
+
+
+def canonical_payload(payload: Mapping[str, Any]) -> Payload:
+    """Return what the file is made of: compact CPU tensors, plain values, in one fixed order."""
+    first = [key for key in KEYS if key in payload]
+    seen: set[int] = set()
+    clean: Payload = {
+        sys.intern(key): _canonical(payload[key], key, seen)
+        for key in first + sorted(payload.keys() - {*KEYS})
+    }
+    given = payload.get("model_state")
+    if isinstance(given, Mapping):  # in the order of the model, the tied weight once
+        tensors = clean["model_state"]
+        clean["model_state"] = {sys.intern(name): tensors[name] for name in given}
+        if _same(given.get("tok_emb.weight"), given.get("lm_head.weight")):
+            clean["model_state"]["lm_head.weight"] = tensors["tok_emb.weight"]
+    return clean
+
+
+def _canonical(value: object, where: str, seen: set[int], depth: int = 0) -> Any:
+    """Copy what has to be copied so that equal content pickles to equal bytes.
+
+    Strings are interned because pickle writes a repeated object, not a repeated value, once.
+    """
+    if depth > MAX_DEPTH:
+        raise CheckpointError(f"{where} is nested deeper than {MAX_DEPTH} levels")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Tensor):
+        return _compact(value, seen)
+    if isinstance(value, str):
+        return sys.intern(str(value))
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {
+            sys.intern(key) if isinstance(key, str) else key: _canonical(
+                value[key], f"{where}.{show(key)}", seen, depth + 1
+            )
+            for key in _sorted_keys(value, where)
+        }
+    if isinstance(value, list | tuple):
+        items = [_canonical(v, f"{where}[{i}]", seen, depth + 1) for i, v in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    raise CheckpointError(f"{where} is a {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def _compact(tensor: Tensor, seen: set[int]) -> Tensor:
+    """Return a contiguous CPU tensor that fills a storage of its own."""
+    t = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+    storage = t.untyped_storage()
+    if storage.nbytes() != t.nbytes or storage.data_ptr() in seen:
+        t = t.clone()
+        storage = t.untyped_storage()
+    seen.add(storage.data_ptr())
+    return t
+
+
+def _same(a: object, b: object) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and (a is b or torch.equal(a, b))
+
+
+def _sorted_keys(value: Mapping[Any, Any], where: str) -> list[str | int]:
+    for key in value:
+        if type(key) not in (str, int):
+            raise CheckpointError(f"{where} has a key of type {type(key).__name__}")
+        _check_size(key, f"a key of {where}")
+    return sorted(value, key=lambda key: (type(key).__name__, key))
+
+
+# --- digest ------------------------------------------------------------------------------------
+
+
+def content_digest(payload: Mapping[str, Any]) -> str:
+    """SHA-256 over every key, type, dtype, shape and byte of a payload, its digest apart."""
+    sha = hashlib.sha256()
+    for chunk in _encoding({k: v for k, v in payload.items() if k != "digest"}):
+        sha.update(chunk)
+    return sha.hexdigest()
+
+
+def _encoding(value: Any) -> Iterator[bytes | memoryview]:
+    kind = type(value).__name__
+    if isinstance(value, Tensor):
+        on_cpu = value.cpu().contiguous()
+        yield f"tensor {value.dtype} {tuple(value.shape)};".encode()
+        yield _raw_bytes(on_cpu)
+    elif isinstance(value, Mapping):
+        yield f"dict {len(value)};".encode()
+        for key in _sorted_keys(value, "the payload"):
+            yield from _encoding(key)
+            yield from _encoding(value[key])
+    elif isinstance(value, list | tuple):
+        yield f"{kind} {len(value)};".encode()
+        for item in value:
+            yield from _encoding(item)
+    elif isinstance(value, str):
+        text = value.encode("utf-8", "surrogatepass")
+        yield f"str {len(text)};".encode() + text
+    else:
+        yield f"{kind} {value!r};".encode()
+
+
+def _raw_bytes(t: Tensor) -> memoryview:
+    """View the memory of a contiguous CPU tensor; valid as long as the tensor is."""
+    if not t.nbytes:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * t.nbytes).from_address(t.data_ptr()))
+
+
+# --- checks ------------------------------------------------------------------------------------
+
+
+def check_payload(payload: object) -> Payload:
+    """Return a copy of plain dicts and the same tensors, or raise naming the first difference."""
+    if not isinstance(payload, dict):
+        raise CheckpointError(f"holds a {type(payload).__name__}, not a dict")
+    clean = _check_value(payload, "", {}, iter(range(MAX_VALUES)))
+    clean = {**dict.fromkeys(OPTIONAL), **clean}
+    missing = [key for key in KEYS if key not in clean]
+    if missing:
+        raise CheckpointError(f"lacks the keys {', '.join(missing)}")
+    for key, kinds in {
+        "model_cfg": (dict,),
+        "train_cfg": (dict,),
+        "model_state": (dict,),
+        "optimizer_state": (dict, type(None)),
+        "step": (int,),
+        "best_val_loss": (float, int, type(None)),
+        "digest": (str,),
+    }.items():
+        if key in clean and type(clean[key]) not in kinds:
+            raise CheckpointError(f"{key} is a {type(clean[key]).__name__}")
+    if not 0 <= clean["step"] <= MAX_STEP:
+        raise CheckpointError(f"step is {clean['step']}")
+    best = clean["best_val_loss"]
+    if best is not None and (math.isnan(best) or best == -math.inf):
+        raise CheckpointError(f"best_val_loss is {best}")
+    shapes = _check_model_state(clean["model_state"], _model_config(clean["model_cfg"]))
+    if clean["optimizer_state"] is not None:
+        _check_optimizer_state(clean["optimizer_state"], shapes)
+    _check_finite(clean["model_state"], "model_state")
+    _check_finite(clean["optimizer_state"], "optimizer_state")
+    return clean
+
+
+def _check_value(
+    value: object, where: str, storages: dict[int, str], budget: Iterator[int], depth: int = 0
+) -> Any:
+    if next(budget, None) is None:
+        raise CheckpointError(f"holds more than {MAX_VALUES} values")
+    if depth > MAX_DEPTH:
+        raise CheckpointError(f"{where} is nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, Tensor):
+        _check_tensor(value, where, storages)
+        return value
+    if isinstance(value, dict):
+        _sorted_keys(value, where or "the dict")
+        dot = f"{where}." if where else ""
+        return {
+            key: _check_value(item, f"{dot}{show(key)}", storages, budget, depth + 1)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        items = [
+            _check_value(item, f"{where}[{i}]", storages, budget, depth + 1)
+            for i, item in enumerate(value)
+        ]
+        return items if isinstance(value, list) else tuple(items)
+    _check_size(value, where)
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise CheckpointError(f"{where} is a {type(value).__name__}")
+
+
+def _check_size(value: object, where: str) -> None:
+    if type(value) is int and value.bit_length() > MAX_INT_BITS:
+        raise CheckpointError(f"{where} is an integer of {value.bit_length()} bits")
+
+
+def _check_tensor(t: Tensor, where: str, storages: dict[int, str]) -> None:
+    """One tensor, one storage, all of it; shared by the tied pair alone."""
+    if type(t) is not Tensor or t.layout is not torch.strided or t.device.type != "cpu":
+        raise CheckpointError(f"{where} is not a plain tensor")
+    if t.requires_grad or t.is_conj() or t.is_neg() or t.is_quantized:
+        raise CheckpointError(f"{where} is not plain data")
+    storage = t.untyped_storage()
+    if not t.is_contiguous() or t.storage_offset() != 0 or storage.nbytes() != t.nbytes:
+        raise CheckpointError(
+            f"{where} of shape {tuple(t.shape)} and strides {t.stride()} does not fill"
+            f" its storage of {storage.nbytes()} bytes"
+        )
+    if t.nbytes:
+        owner = storages.setdefault(storage.data_ptr(), where)
+        if owner != where and {owner, where} != set(TIED):
+            raise CheckpointError(f"{where} shares the storage of {owner}")
+
+
+def _model_config(model_cfg: Mapping[str, Any]) -> ModelConfig:
+    unknown = sorted(set(model_cfg) - set(MODEL_FIELDS), key=str)
+    if unknown:
+        raise CheckpointError(f"model_cfg has the unknown key {show(unknown[0])}")
+    try:
+        return ModelConfig(**model_cfg)
+    except ValueError as error:
+        raise CheckpointError(f"model_cfg: {error}") from None
+
+
+def _check_model_state(model_state: dict[str, Any], cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Compare with the model's own config; return the shapes of the parameters."""
+    shapes = parameter_shapes(cfg)
+    expected = {**shapes, "lm_head.weight": shapes["tok_emb.weight"]}
+    for name in sorted(expected.keys() ^ model_state.keys(), key=str):
+        what = "lacks" if name in expected else "has the unknown tensor"
+        raise CheckpointError(f"model_state {what} {show(name)}")
+    for name, shape in expected.items():
+        _check_float_tensor(model_state[name], f"model_state.{name}", shape)
+    if not _same(model_state["tok_emb.weight"], model_state["lm_head.weight"]):
+        raise CheckpointError("model_state.lm_head.weight differs from its twin tok_emb.weight")
+    model_state["lm_head.weight"] = model_state["tok_emb.weight"]
+    return shapes
+
+
+def _check_float_tensor(t: object, where: str, shape: tuple[int, ...]) -> None:
+    if not isinstance(t, Tensor):
+        raise CheckpointError(f"{where} is a {type(t).__name__}, not a tensor")
+    if t.dtype != torch.float32:
+        raise CheckpointError(f"{where} is {t.dtype}, not torch.float32")
+    if tuple(t.shape) != shape:
+        raise CheckpointError(f"{where} has shape {tuple(t.shape)}, the config says {shape}")
+
+
+def _check_optimizer_state(
+    optimizer_state: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Check the layout that every torch.optim optimizer has, and the shapes of Adam's moments."""
+    per_parameter, groups = optimizer_state.get("state"), optimizer_state.get("param_groups")
+    if type(per_parameter) is not dict or type(groups) is not list:
+        raise CheckpointError("optimizer_state is not the state_dict of a torch.optim optimizer")
+    for i, group in enumerate(groups):
+        where = f"optimizer_state.param_groups[{i}]"
+        if type(group) is not dict or not _is_list_of(group.get("params"), int):
+            raise CheckpointError(f"{where} numbers no parameters")
+        if not _is_list_of(group.get("param_names", []), str):
+            raise CheckpointError(f"{where}.param_names is not a list of names")
+    ids = [i for group in groups for i in group["params"]]
+    if len(set(ids)) != len(ids):
+        raise CheckpointError("optimizer_state.param_groups numbers a parameter twice")
+    names = names_by_id(groups, list(shapes))
+    for i, entry in per_parameter.items():
+        where = f"optimizer_state.state.{show(i)}"
+        if i not in ids or type(entry) is not dict:
+            raise CheckpointError(f"{where} belongs to no parameter")
+        if "step" in entry and not _is_number(entry["step"]):
+            raise CheckpointError(f"{where}.step is not a number")
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in entry and i in names:
+                _check_float_tensor(entry[moment], f"{where}.{moment}", shapes[names[i]])
+
+
+def _is_list_of(value: object, kind: type) -> bool:
+    return type(value) is list and all(type(item) is kind for item in value)
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return type(value) in (int, float)
+
+
+def _check_finite(value: object, where: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_finite(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check_finite(item, f"{where}[{i}]")
+    elif isinstance(value, Tensor) and not _is_finite(value):
+        raise CheckpointError(f"{where} holds a value that is not finite")
+
+
+def _is_finite(t: Tensor) -> bool:
+    if not t.is_floating_point() or not t.numel():
+        return True
+    return all(math.isfinite(bound.item()) for bound in torch.aminmax(t))
+
+
+# --- names and shapes --------------------------------------------------------------------------
+
+
+def parameter_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape in the order of `GPT(cfg).parameters()`, which is the optimizer's.
+
+    One block stands for all of them, so that the depth a file claims costs nothing.
+    """
+    one = {n: tuple(p.shape) for n, p in skeleton(replace(cfg, L=1)).named_parameters()}
+    first = "blocks.0."
+    block = {n.removeprefix(first): one.pop(n) for n in list(one) if n.startswith(first)}
+    blocks = {f"blocks.{i}.{n}": shape for i in range(cfg.L) for n, shape in block.items()}
+    return {"tok_emb.weight": one.pop("tok_emb.weight"), **blocks, **one}
+
+
+def names_by_id(groups: Sequence[Mapping[str, Any]], names: list[str]) -> dict[int, str]:
+    """Which parameter an optimizer means by its number; empty where that cannot be known.
+
+    One group over `model.parameters()` numbers them in their order; several groups number them in
+    an order of their own, known only when the optimizer was given names.
+    """
+    named = {
+        i: name
+        for group in groups
+        for i, name in zip(group["params"], group.get("param_names", []), strict=False)
+    }
+    if set(named.values()) == set(names):
+        return named
+    if len(groups) == 1 and len(groups[0]["params"]) == len(names):
+        return dict(zip(groups[0]["params"], names, strict=True))
+    return {}

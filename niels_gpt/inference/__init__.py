@@ -1,0 +1,1 @@
+"""Using a model: load it, generate text, chat, export it."""

@@ -1,0 +1,208 @@
+"""A conversation: turns in, a prompt that fits, a reply that ends where the next turn begins."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from niels_gpt.chat_format import PROMPT, ROLES, extract_assistant_reply, format_chat
+from niels_gpt.config import ModelConfig
+from niels_gpt.data import DIALOGUE_DELIM
+from niels_gpt.inference.generate import Sampling, decode_stream, stream, window_start
+from niels_gpt.loss import Tree
+
+Message = Mapping[str, str]  # role and content
+Say = Callable[[str], object]
+
+STOPS = (*(f"\n{role}: " for role in ROLES), DIALOGUE_DELIM.rstrip())
+
+HELP = """\
+a line is a message, or one of these:
+  /reset      forget the conversation, keep the system message
+  /seed N     draw the next replies with another seed
+  /save FILE  write the conversation to a new file, in the format of the primer
+  /exit       leave (or Ctrl-D)
+  /help       this
+A message that begins with / needs a space before it."""
+
+
+class Chat(NamedTuple):
+    """A conversation so far."""
+
+    messages: tuple[Message, ...]
+    seed: int
+
+
+class Voice(NamedTuple):
+    """Who replies, and how."""
+
+    params: Tree
+    cfg: ModelConfig
+    sampling: Sampling
+    max_bytes: int  # of a reply
+
+
+def new_chat(system: str | None, seed: int) -> Chat:
+    """Begin a conversation, with a system message or without."""
+    return Chat((_message("system", system),) if system else (), seed)
+
+
+# --- one turn ----------------------------------------------------------------------------------
+
+
+def prompt_room(T: int) -> int:
+    """Return how many bytes of a context of T a prompt may fill: a quarter is the reply's."""
+    return T - T // 4
+
+
+def fit(messages: Sequence[Message], room: int) -> list[Message]:
+    """Return as many of the latest turns as make a prompt of at most `room` bytes.
+
+    The oldest exchanges go first, each a user's message with all up to the next one; the system
+    messages in front stay, unless the last exchange needs their room. That one always stays.
+    """
+    n_system = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    system, turns = list(messages[:n_system]), list(messages[n_system:])
+    starts = [i for i, message in enumerate(turns) if i == 0 or message["role"] == "user"]
+    choices = [system + turns[i:] for i in starts] + [turns[i:] for i in starts[-1:]]
+    return next((c for c in choices if _prompt_bytes(c) <= room), choices[-1] if turns else system)
+
+
+def reply_stream(voice: Voice, chat: Chat) -> Iterator[str]:
+    """Yield the reply to the last message piece by piece; the draws belong to (seed, turn)."""
+    turn = sum(message["role"] == "assistant" for message in chat.messages)
+    prompt = format_chat(fit(chat.messages, prompt_room(voice.cfg.T))).encode()
+    chunks = stream(
+        voice.params,
+        voice.cfg,
+        prompt,
+        voice.max_bytes,
+        seed=chat.seed,
+        samples=(turn,),
+        sampling=voice.sampling,
+        purpose="chat",
+    )
+    return visible(decode_stream(chunks))
+
+
+def visible(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield what of a reply can be shown as it grows, and end where the next turn begins.
+
+    Held back is what may still turn out to be a stop, and white space that may be the last. All
+    pieces together are `extract_assistant_reply` of what comes before the first stop.
+    """
+    text = shown = ""
+    for piece in pieces:
+        text += piece
+        cut = _first_stop(text)
+        reply = text[: len(text) - _held_back(text) if cut is None else cut].strip()
+        if reply != shown:
+            yield reply[len(shown) :]
+            shown = reply
+        if cut is not None:
+            return
+    reply = extract_assistant_reply(PROMPT + text)
+    if reply != shown:
+        yield reply[len(shown) :]
+
+
+def _first_stop(text: str) -> int | None:
+    return min((i for i in map(text.find, STOPS) if i >= 0), default=None)
+
+
+def _held_back(text: str) -> int:
+    """Return the length of the longest end of the text with which a stop begins."""
+    longest = max(map(len, STOPS)) - 1
+    ends = (text[len(text) - n :] for n in range(min(longest, len(text)), 0, -1))
+    return next((len(end) for end in ends if any(stop.startswith(end) for stop in STOPS)), 0)
+
+
+def _prompt_bytes(messages: Sequence[Message]) -> int:
+    return len(format_chat(messages).encode())
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+# --- the conversation --------------------------------------------------------------------------
+
+
+def answer(voice: Voice, chat: Chat, text: str, show: Say, tell: Say) -> Chat:
+    """Say `text` and return the chat with the reply, which is shown as it comes."""
+    asked = chat._replace(messages=(*chat.messages, _message("user", text)))
+    for note in context_notes(asked.messages, voice.cfg.T):
+        tell(note)
+    reply = ""
+    for piece in reply_stream(voice, asked):
+        show(piece)
+        reply += piece
+    show("\n")
+    if not reply:
+        tell("an empty reply; another seed or a higher temperature may give one")
+    return asked._replace(messages=(*asked.messages, _message("assistant", reply)))
+
+
+def context_notes(messages: Sequence[Message], T: int) -> list[str]:
+    """Say what of the conversation the model will not see."""
+    kept = fit(messages, prompt_room(T))
+    full = f"the context of {T} bytes is full"
+    notes = []
+    if left_out := len(messages) - len(kept):
+        notes.append(f"{full}: the oldest {left_out} of {len(messages)} messages are left out")
+    if unseen := window_start(n := _prompt_bytes(kept), T):
+        notes.append(f"{full}: of the last turn only {n - unseen} of {n} bytes are seen")
+    return notes
+
+
+def obey(chat: Chat, line: str) -> tuple[Chat | None, str]:
+    """Carry out a line that begins with `/`: return the chat, None to leave, and what to tell."""
+    command, _, argument = line.partition(" ")
+    argument = argument.strip()
+    match command:
+        case "/exit":
+            return None, ""
+        case "/help":
+            return chat, HELP
+        case "/reset":
+            system = tuple(m for m in chat.messages if m["role"] == "system")
+            return chat._replace(messages=system), "forgotten"
+        case "/seed":
+            return _reseeded(chat, argument)
+        case "/save":
+            return chat, _saved(chat, argument)
+    return chat, f"there is no {command}; /help lists what there is"
+
+
+def _reseeded(chat: Chat, argument: str) -> tuple[Chat, str]:
+    try:
+        seed = int(argument)
+    except ValueError:
+        return chat, f"/seed needs a whole number, got {argument!r}"
+    return chat._replace(seed=seed), f"seed {seed}"
+
+
+def _saved(chat: Chat, argument: str) -> str:
+    if not argument:
+        return "/save needs a file name"
+    path = Path(argument).expanduser()
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(format_chat(chat.messages).removesuffix(PROMPT))
+    except OSError as error:
+        return f"not saved: {path}: {error.strerror}"
+    return f"saved {len(chat.messages)} messages to {path}"
+
+
+def converse(voice: Voice, chat: Chat, lines: Iterable[str], show: Say, tell: Say) -> Chat:
+    """Reply to each line until they end or one says /exit; return the conversation."""
+    for line in lines:
+        if line.startswith("/"):
+            obeyed, outcome = obey(chat, line.strip())
+            if outcome:
+                tell(outcome)
+            if obeyed is None:
+                return chat
+            chat = obeyed
+        elif text := line.strip():
+            chat = answer(voice, chat, text, show, tell)
+    return chat

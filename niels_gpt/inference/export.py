@@ -1,0 +1,71 @@
+"""Write a model so that other programs can load it: safetensors, and its config beside it.
+
+The format (safetensors 1.0) is a length, a JSON header, and the raw values. It is written here
+because the package `safetensors` needs NumPy to write torch tensors.
+"""
+
+import ctypes
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from niels_gpt.checkpoint import load_checkpoint
+from niels_gpt.config import ModelConfig
+from niels_gpt.files.durable import make_folder, write_durably
+from niels_gpt.files.schema import parameter_shapes
+
+
+def export(checkpoint: Path, out: Path, *, overwrite: bool = False) -> tuple[Path, Path]:
+    """Write the model of a checkpoint to `out` and a `.json` of the same name; return both paths.
+
+    Raises:
+        ValueError: if the checkpoint is not good, or `out` does not end in `.safetensors`.
+        FileExistsError: if a file is there, unless `overwrite`.
+        OSError: if a file cannot be read or written.
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out}: the name has to end in .safetensors")
+    config = out.with_suffix(".json")
+    if there := [path for path in (out, config) if path.exists() and not overwrite]:
+        raise FileExistsError(f"{there[0]}: already there; --force replaces it")
+    payload = load_checkpoint(checkpoint, device="cpu")
+    names = parameter_shapes(ModelConfig(**payload["model_cfg"]))
+    tensors = {name: payload["model_state"][name] for name in names}
+    make_folder(out.absolute().parent)
+    write_durably([out], to_safetensors(tensors))
+    write_durably([config], (json.dumps(export_config(payload), indent=2) + "\n").encode())
+    return out, config
+
+
+def export_config(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Say what a program that loads the weights has to know."""
+    return {
+        "architecture": "niels_gpt",
+        "model": dict(payload["model_cfg"]),
+        "tied": {"lm_head.weight": "tok_emb.weight"},
+        "step": payload["step"],
+        "best_val_loss_nats": payload["best_val_loss"],
+        "train": dict(payload["train_cfg"]),
+    }
+
+
+def to_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Encode float32 tensors, in their order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, t in tensors.items():
+        start, end = end, end + t.nbytes
+        header[name] = {"dtype": "F32", "shape": [*t.shape], "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the values are aligned
+    return b"".join([struct.pack("<Q", len(text)), text, *map(_values, tensors.values())])
+
+
+def _values(t: Tensor) -> bytes:
+    t = t.to("cpu", torch.float32).contiguous()
+    return ctypes.string_at(t.data_ptr(), t.nbytes)

@@ -1,0 +1,200 @@
+"""What a run will cost, from arithmetic, a few steps that are timed, and what those steps used.
+
+Nothing is written and the plan's state is not changed: a step returns a new one.
+"""
+
+import io
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from niels_gpt.checkpoint import state_payload
+from niels_gpt.config import TrainConfig
+from niels_gpt.eval import evaluate
+from niels_gpt.files.schema import canonical_payload
+from niels_gpt.loss import Batch
+from niels_gpt.model.flops import parameter_count, step_flops
+from niels_gpt.record import checkpoint_extra
+from niels_gpt.run.compile import StepFunction, choose_step
+from niels_gpt.run.plan import Plan
+from niels_gpt.state import TrainState
+from niels_gpt.step import batch_of_step, train_step
+
+TIMED_STEPS = 2
+
+
+def estimate(plan: Plan, *, as_json: bool = False) -> str:
+    """Return what `train --dry-run` prints: the sources, and what the run will cost."""
+    if as_json:
+        found = {"notes": plan.notes, "sources": plan.sources, **costs(plan)}
+        return json.dumps(found, indent=2, ensure_ascii=False)
+    return "\n".join([*_source_lines(plan), *_cost_lines(costs(plan))])
+
+
+def costs(plan: Plan) -> dict[str, Any]:
+    """Return the cost of a run as numbers: counts, bytes, seconds.
+
+    Three steps are taken, the first one untimed because it also pays for what is done once, and
+    one batch is evaluated. `memory_bytes` is the most that this process has used so far plus a
+    checkpoint being saved; on a GPU it is the main memory alone.
+    """
+    cfg, model_cfg = plan.state.train_cfg, plan.state.model_cfg
+    state, seconds_per_step = _time_steps(plan)
+    seconds_per_eval = cfg.eval_steps * _seconds(lambda: _evaluate_once(plan))
+    steps = max(0, cfg.total_steps - plan.state.step)
+    evals = _evaluations(cfg, plan.state.step)
+    size = checkpoint_bytes(plan, state)
+    files = periodic_checkpoints(cfg) + 2  # latest.pt and best.pt
+    return {
+        "parameters": parameter_count(model_cfg),
+        "flops_per_step": step_flops(model_cfg, B=cfg.B),
+        "text_bytes_per_step": cfg.B * model_cfg.T,
+        "steps": steps,
+        "evaluations": evals,
+        "seconds_per_step": seconds_per_step,
+        "seconds_per_evaluation": seconds_per_eval,
+        "seconds": steps * seconds_per_step + evals * seconds_per_eval,
+        "memory_bytes": peak_memory_bytes() + size,
+        "memory_here_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "checkpoint_bytes": size,
+        "checkpoint_files": files,
+        "disk_bytes": (files + 1) * size,  # a file is replaced by a whole new one beside it
+        "disk_free_bytes": shutil.disk_usage(_nearest_folder(plan.out)).free,
+    }
+
+
+def checkpoint_bytes(plan: Plan, state: TrainState) -> int:
+    """Return the size of the file that a state of this run makes."""
+    extra = checkpoint_extra(plan.scores, plan.sources, plan.environment)
+    payload = state_payload(state, best_val_loss=math.e, extra=extra)
+    buffer = io.BytesIO()
+    torch.save({**canonical_payload(payload), "digest": "0" * 64}, buffer)
+    return buffer.tell()
+
+
+def periodic_checkpoints(cfg: TrainConfig) -> int:
+    """Count the `step_*.pt` that a whole run leaves."""
+    return cfg.total_steps // cfg.ckpt_every
+
+
+def peak_memory_bytes() -> int:
+    """Return the most main memory that this process has held since it began."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+
+def _time_steps(plan: Plan) -> tuple[TrainState, float]:
+    """Take the next steps of the run; return a state with moments, and seconds per step."""
+    state, train_on = plan.state, _step_function(plan)
+
+    def step() -> None:
+        nonlocal state
+        state, metrics = train_on(state, _batch(plan, state.step), state.train_cfg.base_lr)
+        metrics["loss"].item()  # waits for the device
+
+    step()
+    return state, sum(_seconds(step) for _ in range(TIMED_STEPS)) / TIMED_STEPS
+
+
+def _step_function(plan: Plan) -> StepFunction:
+    if not plan.environment["compile"]:
+        return train_step
+    return choose_step(plan.state, _batch(plan, plan.state.step), lambda line: None)[0]
+
+
+def _batch(plan: Plan, step: int) -> Batch:
+    cfg, T, device = plan.state.train_cfg, plan.state.model_cfg.T, plan.environment["device"]
+    return batch_of_step(cfg.seed, step, plan.train, p=plan.p, B=cfg.B, T=T, device=device)
+
+
+def _evaluate_once(plan: Plan) -> None:
+    one_batch = plan.state._replace(train_cfg=replace(plan.state.train_cfg, eval_steps=1))
+    evaluate(one_batch, plan.val["wiki"], one_batch.train_cfg.seed)
+
+
+def _seconds(action: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def _evaluations(cfg: TrainConfig, done: int) -> int:
+    """Count the evaluations after update `done`: every `eval_every` updates, and the last."""
+    if done >= cfg.total_steps:
+        return 0
+    extra_at_the_end = cfg.total_steps % cfg.eval_every != 0
+    return cfg.total_steps // cfg.eval_every - done // cfg.eval_every + extra_at_the_end
+
+
+def _nearest_folder(path: Path) -> Path:
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+# --- as text -----------------------------------------------------------------------------------
+
+
+def _source_lines(plan: Plan) -> list[str]:
+    lines = [f"note: {note}" for note in plan.notes]
+    for split, sources in plan.sources.items():
+        lines += [
+            f"{f'{split}/{name}':<14}{info['origin']}, {info['bytes']:,} bytes, "
+            f"sha256 {info['sha256'][:12]}"
+            for name, info in sources.items()
+        ]
+    return lines
+
+
+def _cost_lines(c: dict[str, Any]) -> list[str]:
+    gflops = c["flops_per_step"] / 1e9
+    steps, evals = c["steps"] * c["seconds_per_step"], c["evaluations"]
+    return [
+        f"{'parameters':<14}{c['parameters']:,}",
+        f"{'one step':<14}{c['text_bytes_per_step']:,} bytes of text, {gflops:,.1f} GFLOP, "
+        f"{c['seconds_per_step']:.3g} s here ({gflops / c['seconds_per_step']:,.0f} GFLOP/s)",
+        f"{'time':<14}about {duration(c['seconds'])}: {c['steps']:,} steps {duration(steps)}, "
+        f"{evals:,} evaluations {duration(evals * c['seconds_per_evaluation'])}",
+        f"{'memory':<14}about {size(c['memory_bytes'])} of the {size(c['memory_here_bytes'])} here",
+        f"{'disk':<14}{size(c['checkpoint_bytes'])} a checkpoint, {c['checkpoint_files']:,} files "
+        f"and one being written: {size(c['disk_bytes'])} of the {size(c['disk_free_bytes'])} free",
+        *(
+            f"warning: {what} does not suffice"
+            for what, need, have in (
+                ("the memory", c["memory_bytes"], c["memory_here_bytes"]),
+                ("the free disk space", c["disk_bytes"], c["disk_free_bytes"]),
+            )
+            if need > have
+        ),
+        "dry run: nothing was written",
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as people say them, to two figures or so."""
+    if seconds < 9.5:
+        return f"{seconds:.2g} s"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if seconds < 99.5 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def size(n: int) -> str:
+    """Write a number of bytes in decimal units."""
+    if n < 1000:
+        return f"{n} byte" + "s" * (n != 1)
+    value, units = n / 1000, ["kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"

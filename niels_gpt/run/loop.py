@@ -1,0 +1,135 @@
+"""The training loop: a fold of the step over a counter, with everything that it touches handed in.
+
+Order of duties after update k: log; where an evaluation is due, save `latest.pt`, evaluate, and
+save again with the result (`best.pt` if it is the best yet, `step_*.pt` if due, `latest.pt`
+last). So a killed evaluation loses nothing, and `best.pt` never knows less than `latest.pt`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from niels_gpt.loss import Batch
+from niels_gpt.run.stop import Stopped
+from niels_gpt.state import TrainState
+
+LATEST = "latest.pt"
+BEST = "best.pt"
+
+
+class Scores(NamedTuple):
+    """What a run knows of its evaluations; it goes with the state into every checkpoint."""
+
+    best_val_loss: float | None = None  # nats
+    best_step: int | None = None
+    val_loss: float | None = None  # nats, of the last evaluation
+    val_step: int | None = None
+
+    def updated(self, step: int, val_loss: float) -> "Scores":
+        """Take in the evaluation after update `step`."""
+        if self.best_val_loss is None or val_loss < self.best_val_loss:
+            return Scores(val_loss, step, val_loss, step)
+        return self._replace(val_loss=val_loss, val_step=step)
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or a gradient norm that is NaN or infinite; the message names the step."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """How the loop reaches the world. Steps count finished updates."""
+
+    batch: Callable[[int], Batch]  # of the update after this many
+    lr: Callable[[int], float]
+    step: Callable[[TrainState, Batch, float], tuple[TrainState, dict[str, Tensor]]]
+    evaluate: Callable[[TrainState], float]
+    on_step: Callable[
+        [int, float, dict[str, Tensor]], None
+    ]  # after every update: step, lr, metrics
+    on_log: Callable[[int, float, dict[str, float]], None]
+    on_eval: Callable[[int, Scores], None]
+    save: Callable[[Sequence[str], TrainState, Scores], bool]  # False: not saved, and said so
+    check_stop: Callable[[], None]
+    may_stop: Callable[[], AbstractContextManager[None]]  # a signal may interrupt what is inside
+    check_each: bool  # look at the loss of every step before its state is adopted
+
+
+def run(state: TrainState, scores: Scores, ports: Ports) -> tuple[TrainState, Scores, bool]:
+    """Train until the config's `total_steps`; return the state, the scores, whether it is saved.
+
+    Raises:
+        NonFiniteError: if a loss or gradient norm is not finite; nothing of it is saved.
+        Stopped: after a signal, with the state saved as `latest.pt`.
+    """
+    cfg = state.train_cfg
+    saved = state.step > 0  # a state that was resumed is a file already
+    try:
+        if state.step and evaluation_due(state) and scores.val_step != state.step:
+            scores, saved = _evaluate(state, scores, ports)
+        while state.step < cfg.total_steps:
+            ports.check_stop()
+            lr = ports.lr(state.step)
+            new_state, metrics = ports.step(state, ports.batch(state.step), lr)
+            if ports.check_each:
+                check_finite(new_state.step, metrics)
+            state, saved = new_state, False
+            ports.on_step(state.step, lr, metrics)
+            if _log_due(state):
+                ports.on_log(state.step, lr, check_finite(state.step, metrics))
+            if evaluation_due(state):
+                check_finite(state.step, metrics)
+                saved = ports.save([LATEST], state, scores)
+                scores, saved = _evaluate(state, scores, ports)
+            elif state.step % cfg.ckpt_every == 0:
+                check_finite(state.step, metrics)
+                saved = ports.save([step_name(state.step), LATEST], state, scores)
+    except Stopped:
+        if not saved:
+            ports.save([LATEST], state, scores)
+        raise
+    return state, scores, saved
+
+
+def _evaluate(state: TrainState, scores: Scores, ports: Ports) -> tuple[Scores, bool]:
+    with ports.may_stop():
+        val_loss = ports.evaluate(state)
+    if not math.isfinite(val_loss):
+        raise NonFiniteError(f"the validation loss after step {state.step} is {val_loss}")
+    scores = scores.updated(state.step, val_loss)
+    ports.on_eval(state.step, scores)
+    names = [BEST] if scores.best_step == state.step else []
+    if state.step % state.train_cfg.ckpt_every == 0:
+        names.append(step_name(state.step))
+    return scores, ports.save([*names, LATEST], state, scores)
+
+
+def step_name(step: int) -> str:
+    """Return the file name of the periodic checkpoint after this many updates."""
+    return f"step_{step:07d}.pt"
+
+
+def evaluation_due(state: TrainState) -> bool:
+    """Tell whether this state is to be evaluated: every `eval_every` updates, and the last."""
+    cfg = state.train_cfg
+    return state.step % cfg.eval_every == 0 or state.step == cfg.total_steps
+
+
+def _log_due(state: TrainState) -> bool:
+    cfg = state.train_cfg
+    return state.step % cfg.log_every == 0 or state.step in (1, cfg.total_steps)
+
+
+def check_finite(step: int, metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Return metrics as floats (on a GPU this waits for the step)."""
+    values = {name: value.item() for name, value in metrics.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"{name} of step {step} is {value} (batch key: seed and step {step - 1})"
+            )
+    return values

@@ -1,0 +1,122 @@
+"""What a run tells of itself: lines, a live line, and records with the clock in them."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from torch import Tensor
+
+from niels_gpt.console import Console
+from niels_gpt.run.loop import Scores
+from niels_gpt.run.metrics import MetricsFile
+from niels_gpt.run.plan import Plan
+from niels_gpt.state import TrainState
+
+
+def say_opening(plan: Plan, console: Console) -> None:
+    """Say what is trained, on what, from where."""
+    for note in plan.notes:
+        console.warn(f"note: {note}")
+    for split, sources in plan.sources.items():
+        for name, info in sources.items():
+            console.say(
+                f"{split}/{name}: {info['origin']}, {info['bytes']:,} bytes, "
+                f"sha256 {info['sha256'][:12]}"
+            )
+    state = plan.state
+    count = sum(p.numel() for p in state.params.values())
+    step_bytes = state.train_cfg.B * state.model_cfg.T
+    environment = ", ".join(f"{name} {value}" for name, value in plan.environment.items())
+    console.say(f"{count:,} parameters, {step_bytes:,} bytes a step; {environment}")
+    chosen = "compiled" if plan.environment["compile"] else "not compiled"
+    console.say(f"the step is {chosen}: {plan.why_compile} (--compile or --no-compile to choose)")
+    if plan.resumed:
+        console.say(f"resuming {plan.resumed.path} after step {state.step}")
+
+
+class Reporter:
+    """Turns what the loop does into lines, a live line, and records with the clock in them."""
+
+    def __init__(self, plan: Plan, metrics: MetricsFile, console: Console) -> None:
+        cfg = plan.state.train_cfg
+        self._plan, self._metrics, self._console = plan, metrics, console
+        self._total = cfg.total_steps
+        self._batch_bytes = cfg.B * plan.state.model_cfg.T
+        self._before = max((r.get("seconds", 0.0) for r in plan.records), default=0.0)
+        self._losses: list[float] = []  # first and last logged
+        self._start = self._last_time = time.monotonic()
+        self._last_step = plan.state.step
+        self._shown = 0.0
+
+    def on_step(self, step: int, lr: float, metrics: dict[str, Tensor]) -> None:
+        """Refresh the live line, at most twice a second: on a GPU it waits for the step."""
+        now = time.monotonic()
+        if self._console.is_live and now - self._shown > 0.5:
+            self._shown = now
+            speed = self._speed(step, now)
+            left = (self._total - step) * self._batch_bytes / speed
+            self._console.show(
+                f"step {step}/{self._total}  loss {metrics['loss'].item():.4f}  lr {lr:.3g}  "
+                f"{speed:,.0f} bytes/s  {_duration(left)} left"
+            )
+
+    def on_log(self, step: int, lr: float, values: dict[str, float]) -> None:
+        """Print a log line and keep a record."""
+        now = time.monotonic()
+        speed = self._speed(step, now)
+        self._losses = [*self._losses[:1], values["loss"]]
+        self._console.say(
+            f"step {step:>6}/{self._total}  loss {values['loss']:.4f}  lr {lr:.3e}  "
+            f"{speed:,.0f} bytes/s"
+        )
+        self._record("train", step, now, {**values, "lr": lr}, bytes_per_s=round(speed))
+        self._last_time, self._last_step = now, step
+
+    def on_eval(self, step: int, scores: Scores) -> None:
+        """Print an evaluation and keep a record; its time does not count into the speed."""
+        now = time.monotonic()
+        loss = scores.val_loss
+        assert loss is not None
+        best = "  best so far" if scores.best_step == step else ""
+        self._console.say(
+            f"step {step:>6}/{self._total}  val_wiki_loss {loss:.4f} nats  "
+            f"{loss / math.log(2):.4f} bits/byte{best}"
+        )
+        self._record("eval", step, now, {"val_wiki_loss": loss})
+        self._last_time, self._last_step = now, step
+
+    def closing(self, state: TrainState, scores: Scores) -> None:
+        """Sum up the run."""
+        say = self._console.say
+        say(f"finished {state.step} steps in {_duration(time.monotonic() - self._start)}")
+        if self._losses:
+            say(f"training loss: first logged {self._losses[0]:.4f}, last {self._losses[-1]:.4f}")
+        if scores.val_loss is not None:
+            known = scores.best_step is not None  # not by the checkpoint of a plain loop
+            say(
+                f"validation loss (wiki): {scores.val_loss:.4f} nats; best "
+                f"{scores.best_val_loss:.4f}"
+                f"{f' after step {scores.best_step}' if known else ' before this run'}"
+            )
+        say(f"files: {self._plan.out}")
+
+    def _speed(self, step: int, now: float) -> float:
+        steps = max(1, step - self._last_step)
+        return steps * self._batch_bytes / max(now - self._last_time, 1e-9)
+
+    def _record(
+        self, kind: str, step: int, now: float, values: dict[str, float], **clock: float
+    ) -> None:
+        seen = {"kind": kind, "step": step, "bytes": step * self._batch_bytes}
+        seconds = round(self._before + now - self._start, 3)
+        try:
+            self._metrics.add({**seen, **values, "seconds": seconds, **clock})
+        except OSError as error:
+            self._console.warn(f"{self._metrics.path}: {error.strerror}; tried again later")
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

@@ -1,0 +1,112 @@
+"""A run: the loop with its ports connected to the folder, the console, the clock and signals."""
+
+from __future__ import annotations
+
+import shlex
+from itertools import chain
+from pathlib import Path
+
+from niels_gpt.console import Console
+from niels_gpt.eval import evaluate
+from niels_gpt.failures import describe
+from niels_gpt.loss import Batch
+from niels_gpt.lr_schedule import lr_of_step
+from niels_gpt.run import loop
+from niels_gpt.run.compile import StepFunction, choose_step
+from niels_gpt.run.folder import Folder
+from niels_gpt.run.loop import LATEST, NonFiniteError
+from niels_gpt.run.options import TrainOptions
+from niels_gpt.run.plan import Plan
+from niels_gpt.run.progress import Reporter, say_opening
+from niels_gpt.run.stop import Stop, Stopped
+from niels_gpt.step import batch_of_step, train_step
+
+
+def train(plan: Plan, options: TrainOptions, console: Console, stop: Stop) -> int:
+    """Run the loop on a plan and return the exit code; everything else goes to the console."""
+    say_opening(plan, console)
+    folder = Folder(plan, console)
+    try:
+        step = _step_of(plan, folder, console, stop)
+        reporter = Reporter(plan, folder.metrics, console)
+        ports = ports_of(plan, folder, reporter, stop, step)
+        state, scores, saved = loop.run(plan.state, plan.scores, ports)
+    except Stopped as stopped:
+        console.warn(f"stopped by {stopped}; {folder.last_good()}")
+        console.warn(resume_line(options, folder.path))
+        return stopped.exit_code if folder.is_saved else 1
+    except (NonFiniteError, RuntimeError, MemoryError, OSError) as error:
+        console.warn(f"error: {describe(error)}; {folder.last_good()}")
+        return 1
+    if not saved:
+        console.warn(f"error: the final save failed; {folder.last_good()}")
+        return 1
+    reporter.closing(state, scores)
+    console.say(resume_line(options, folder.path))
+    return 0
+
+
+def _step_of(plan: Plan, folder: Folder, console: Console, stop: Stop) -> StepFunction:
+    """Return the step to train with, compiled if asked for; the folder notes which it is."""
+    state = plan.state
+    if not plan.environment["compile"] or state.step >= state.train_cfg.total_steps:
+        return train_step
+    try:
+        with stop.immediately():
+            step, is_compiled = choose_step(state, _batch(plan, state.step), console.say)
+    except Stopped:
+        if plan.resumed is None:
+            folder.save([LATEST], state, plan.scores)
+        raise
+    folder.environment = {**plan.environment, "compile": is_compiled}
+    return step
+
+
+def _batch(plan: Plan, step: int) -> Batch:
+    cfg = plan.state.train_cfg
+    return batch_of_step(
+        cfg.seed,
+        step,
+        plan.train,
+        p=plan.p,
+        B=cfg.B,
+        T=plan.state.model_cfg.T,
+        device=plan.environment["device"],
+    )
+
+
+def ports_of(
+    plan: Plan, folder: Folder, reporter: Reporter, stop: Stop, step: StepFunction = train_step
+) -> loop.Ports:
+    """Connect the loop: batches and rates of the plan, and what becomes of states and numbers."""
+    cfg = plan.state.train_cfg
+    return loop.Ports(
+        batch=lambda step: _batch(plan, step),
+        lr=lambda step: lr_of_step(step, cfg),
+        step=step,
+        evaluate=lambda state: evaluate(state, plan.val["wiki"], cfg.seed),
+        on_step=reporter.on_step,
+        on_log=reporter.on_log,
+        on_eval=reporter.on_eval,
+        save=folder.save,
+        check_stop=stop.check,
+        may_stop=stop.immediately,
+        check_each=plan.environment["device"] == "cpu",
+    )
+
+
+def resume_line(options: TrainOptions, folder: Path) -> str:
+    """Return the command that goes on from the last checkpoint of this run."""
+    given = {
+        "--config": [options.config],
+        "--set": options.overrides,
+        **{f"--{name}": [getattr(options, name)] for name in ("wiki", "roam", "primer", "device")},
+        "--resume": [folder / LATEST],
+    }
+    words = [
+        [option, str(value)]
+        for option, values in given.items()
+        for value in values
+        if value is not None
+    ]
+    return f"resume with: niels-gpt train {shlex.join(chain.from_iterable(words))}"

@@ -1,0 +1,229 @@
+"""Curves out of `metrics.jsonl`: every record in its place, as table, JSON and picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from niels_gpt.analysis import plot
+from niels_gpt.analysis.plot import Curves, curves, distinct_labels, read_curves, rows, table
+
+
+def train_record(step, loss=2.0, lr=1e-4):
+    clock = {"seconds": 1.8 * step, "bytes_per_s": 4000}
+    return {"kind": "train", "step": step, "bytes": 8192 * step, "loss": loss, "lr": lr, **clock}
+
+
+def eval_record(step, loss=2.1):
+    return {
+        "kind": "eval",
+        "step": step,
+        "bytes": 8192 * step,
+        "val_wiki_loss": loss,
+        "seconds": 1.8 * step,
+    }
+
+
+RECORDS = [train_record(1, 5.5, 0.0), train_record(2000, 2.0), eval_record(2000)]
+
+
+@pytest.fixture
+def log(tmp_path):
+    def write(folder, records):
+        path = tmp_path / folder / "metrics.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(r) + "\n" for r in records))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("x", "first", "second"),
+    [("steps", 1, 2000), ("bytes", 0.008192, 16.384), ("hours", 1.8 / 3600, 1.0)],
+)
+def test_records_go_to_their_series_in_the_unit_of_the_axis(x, first, second):
+    run = curves(RECORDS, x, "run")
+    assert run.train == [(pytest.approx(first), 5.5), (pytest.approx(second), 2.0)]
+    assert run.val == [(pytest.approx(second), 2.1)]
+    assert run.lr == [(pytest.approx(first), 0.0), (pytest.approx(second), 1e-4)]
+
+
+def test_a_log_without_the_field_of_the_axis_is_refused():
+    records = [{k: v for k, v in r.items() if k != "bytes"} for r in RECORDS]
+    assert curves(records, "steps", "run").val
+    with pytest.raises(ValueError, match=r"the log: step 1 has no 'bytes', for --x bytes"):
+        curves(records, "bytes", "run")
+
+
+def test_a_run_is_named_by_its_folder_or_its_file(log, tmp_path):
+    path = log("wider", RECORDS)
+    assert read_curves(path).label == read_curves(path.parent).label == "wider"
+    other = path.rename(tmp_path / "smoke.jsonl")
+    assert read_curves(other).label == "smoke"
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c"]), max_size=6))
+def test_labels_become_distinct_and_keep_their_names(labels):
+    new = distinct_labels(labels)
+    assert len(set(new)) == len(labels)
+    for label, old in zip(new, labels, strict=True):
+        assert label == old or (labels.count(old) > 1 and re.fullmatch(rf"{old} \(\d\)", label))
+
+
+@given(st.sets(st.integers(1, 500)), st.sets(st.integers(1, 500)))
+def test_the_table_has_every_point_once_in_order(trained, evaluated):
+    records = [train_record(s, loss=s / 7) for s in trained]
+    records += [eval_record(s, loss=s / 11) for s in evaluated]
+    run = curves(records, "steps", "run")
+    found = rows(run)
+    assert [row[0] for row in found] == sorted(trained | evaluated)
+    assert {row[0] for row in found if row[2] is not None} == trained
+    assert {row[0]: row[3] for row in found if row[3] is not None} == {s: s / 11 for s in evaluated}
+    assert len(table([run], "steps")) == 2 + len(found)
+
+
+def test_the_table_gives_nats_and_bits():
+    line = table([curves([eval_record(200, math.log(2))], "steps", "run")], "steps")[-1]
+    assert line.split() == ["200", "0.6931", "1.0000"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "holds no records"), ("not json\n", "holds no records")]
+)
+def test_a_log_without_records_is_told(niels, tmp_path, content, message):
+    (tmp_path / "metrics.jsonl").write_text(content)
+    result = niels("plot", tmp_path)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert str(tmp_path / "metrics.jsonl") in result.stderr
+    missing = niels("plot", tmp_path / "absent.jsonl")
+    assert missing.exit_code == 2
+    assert "absent.jsonl: no such file" in missing.stderr
+
+
+@pytest.mark.parametrize("field", ["bytes", "loss", "lr"])
+def test_a_log_with_something_else_than_numbers_is_refused(niels, log, field):
+    path = log("a", [{**RECORDS[0], field: "many"}])
+    result = niels("plot", path, "--x", "bytes", "--table")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"{path}: step 1 has {field!r}: 'many', which is no number" in result.stderr
+
+
+def test_json_is_the_numbers(niels, log):
+    result = niels("plot", log("a", RECORDS), log("b", RECORDS[:1]), "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert [run["label"] for run in found] == ["a", "b"]
+    assert found[0]["val"] == [[2000.0, 2.1]]
+    assert found[1]["train"] == [[1.0, 5.5]]
+
+
+def test_without_matplotlib_the_numbers_come_as_a_table(niels, log, tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "have_matplotlib", lambda: False)
+    result = niels("plot", log("a", RECORDS))
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == table([curves(RECORDS, "steps", "a")], "steps")
+    assert result.stderr.strip() == 'for a picture: pip install "niels-gpt[plot]"'
+    assert not [*tmp_path.glob("loss.*")]
+    asked = niels("plot", log("a", RECORDS), "--table")
+    assert (asked.stdout, asked.stderr) == (result.stdout, "")
+
+
+# --- pictures ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def needs_matplotlib():
+    return pytest.importorskip("matplotlib", reason="pictures need the extra `plot`")
+
+
+def overlaps(boxes):
+    return [(i, j) for i, a in enumerate(boxes) for j, b in enumerate(boxes[:i]) if a.overlaps(b)]
+
+
+def visible_ticks(axis, coordinate):
+    low, high = axis.get_view_interval()
+    labels = axis.get_ticklabels()
+    return [t for t in labels if low <= t.get_position()[coordinate] <= high and t.get_text()]
+
+
+def runs(n):
+    return [curves(RECORDS, "steps", f"a rather long name of run {i}") for i in range(n)]
+
+
+@pytest.mark.usefixtures("needs_matplotlib")
+def test_pictures_are_the_same_bytes_each_time(niels, log, tmp_path):
+    path = log("a", RECORDS)
+    result = niels("plot", path)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.split() == ["loss.png", "loss.svg"]
+    first = [(tmp_path / name).read_bytes() for name in ("loss.png", "loss.svg")]
+    assert first[0].startswith(b"\x89PNG")
+    assert b"<svg" in first[1]
+    niels("plot", path)
+    assert [(tmp_path / name).read_bytes() for name in ("loss.png", "loss.svg")] == first
+
+
+def test_a_picture_of_another_kind_is_refused(niels, log, tmp_path):
+    result = niels("plot", log("a", RECORDS), "--out", "good.png", "--out", "loss.pdf")
+    assert result.exit_code == 2
+    assert "loss.pdf: pictures are .png or .svg" in result.stderr
+    assert not (tmp_path / "good.png").exists()
+
+
+@pytest.mark.usefixtures("needs_matplotlib")
+def test_a_folder_that_is_not_there_is_told(niels, log):
+    assert niels("plot", log("a", RECORDS), "--out", "absent/loss.png").exit_code == 2
+
+
+@pytest.mark.usefixtures("needs_matplotlib")
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_picture_says_what_it_shows_and_nothing_overlaps(n):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = plot.draw(runs(n), "steps")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    upper, lower = figure.axes
+    assert upper.get_ylabel() == "loss (nats per byte)"
+    assert upper.child_axes[0].get_ylabel() == "bits per byte"
+    assert (lower.get_ylabel(), lower.get_xlabel()) == ("learning rate", "steps")
+    legend = [text.get_text() for text in upper.get_legend().get_texts()]
+    expected = ["training", "validation (wiki)"] if n == 1 else [r.label for r in runs(n)]
+    assert legend == expected
+    texts = [
+        upper.yaxis.label,
+        lower.yaxis.label,
+        lower.xaxis.label,
+        upper.child_axes[0].yaxis.label,
+    ]
+    texts += [*visible_ticks(upper.yaxis, 1), *visible_ticks(lower.yaxis, 1)]
+    texts += visible_ticks(lower.xaxis, 0)
+    boxes = [t.get_window_extent() for t in texts] + [upper.get_legend().get_window_extent()]
+    assert not overlaps(boxes)
+    assert all(figure.bbox.containsx(b.x0) and figure.bbox.containsx(b.x1) for b in boxes)
+
+
+@pytest.mark.usefixtures("needs_matplotlib")
+def test_names_of_folders_are_shown_as_they_are(tmp_path):
+    names = ("_old", "a$b$c", "\N{CJK UNIFIED IDEOGRAPH-65E5}")
+    named = [run._replace(label=name) for run, name in zip(runs(3), names, strict=True)]
+    legend = plot.draw(named, "steps").axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [" _old", r"a\$b\$c", names[2]]
+    plot.save(named, "steps", [tmp_path / "loss.png"])  # warnings are errors here
+
+
+@pytest.mark.usefixtures("needs_matplotlib")
+def test_each_point_is_drawn():
+    figure = plot.draw(
+        [Curves("run", [(1, 5.0), (2, 4.0)], [(2, 4.5)], [(1, 0.0), (2, 1.0)])], "steps"
+    )
+    upper, lower = figure.axes
+    drawn = [line.get_xydata().tolist() for line in [*upper.lines, *lower.lines]]
+    assert drawn == [[[1, 5], [2, 4]], [[2, 4.5]], [[1, 0], [2, 1]]]

@@ -1,0 +1,306 @@
+"""`niels-gpt data`: what is said of the text is what the training reads."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from niels_gpt import paths, streams
+from niels_gpt.analysis.data_report import altered
+from niels_gpt.cli import main
+from niels_gpt.config import ModelConfig, TrainConfig
+from niels_gpt.run.plan import open_text
+from niels_gpt.step import batch_of_step
+from niels_gpt.streams import StreamBuildConfig, build_sources, locate
+from niels_gpt.tokenizer import decode
+
+HUB = {
+    split: [{"text": f"{split} line {n} of the hub\n"} for n in range(90)]
+    for split in ("train", "validation", "test")
+}
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty place for the cache, the notes and the wiki."""
+    monkeypatch.setattr(paths, "REPO_ROOT", tmp_path / "root")
+    monkeypatch.setattr(paths, "ROAM_DIR", tmp_path / "root" / ".roam-data")
+    monkeypatch.setattr(streams, "load_wikitext", no_network)
+    return tmp_path / "root"
+
+
+def no_network():
+    raise RuntimeError("no network")
+
+
+@pytest.fixture
+def where(root, texts):
+    return "--wiki", texts / "wiki", "--roam", texts / "notes"
+
+
+def info(niels, *args):
+    result = niels("data", "info", "--json", *args)
+    assert result.exit_code == 0, result.stderr
+    return {source["name"]: source for source in json.loads(result.stdout)}
+
+
+# --- info --------------------------------------------------------------------------------------
+
+
+def test_info_tells_what_a_training_reads(niels, where, texts):
+    found = info(niels, *where)
+    cfg = StreamBuildConfig(wiki_root=texts / "wiki", roam_root=texts / "notes")
+    for split, sources in zip(("train", "val"), build_sources(cfg), strict=True):
+        assert list(sources) == list(found)
+        for name, known in streams.describe_sources(sources).items():
+            said = found[name]["splits"][split]
+            assert (said["nbytes"], said["sha256"]) == (known.nbytes, known.sha256)
+    assert [found[name]["files"] for name in found] == [2, 12, 1]
+    assert [found["roam"]["splits"][s]["documents"] for s in ("train", "val")] == [11, 1]
+    assert found["roam"]["origin"] == "notes"
+    assert not any(source["left_out"] for source in found.values())
+
+
+def test_info_follows_the_cache_and_writes_nothing(niels, where, root, texts, tmp_path):
+    def states():
+        return {
+            s["cache"] for source in info(niels, *where).values() for s in source["splits"].values()
+        }
+
+    assert states() == {"not cached"}
+    assert not root.exists()
+    assert niels("data", "build", *where).exit_code == 0
+    assert states() == {"cached"}
+    other = tmp_path / "notes"
+    other.mkdir()
+    for n in range(3):
+        (other / f"{n}.md").write_text("another note\n" * 90)
+    found = info(niels, "--wiki", texts / "wiki", "--roam", other)
+    assert found["roam"]["splits"]["train"]["cache"] == "cached from other input"
+    assert found["wiki"]["splits"]["train"]["cache"] == "cached"
+
+
+def test_the_split_is_that_of_the_configs_seed(niels, where, tmp_path):
+    (tmp_path / "c.json").write_text('{"train": {"seed": 7}}')
+    default, other = info(niels, *where), info(niels, *where, "--config", "c.json")
+    assert default["roam"]["splits"]["val"] != other["roam"]["splits"]["val"]
+    assert default["wiki"] == other["wiki"]
+
+
+def test_what_is_left_out_is_listed_with_its_reason(niels, where, root, tmp_path):
+    notes = tmp_path / "vault"
+    for path in (".obsidian/a.md", ".trash/b.md", "logseq/bak/c.md", "pages/.d.md", "pages/e.md"):
+        (notes / path).parent.mkdir(parents=True, exist_ok=True)
+        (notes / path).write_text("text\n" * 100)
+    (notes / "loop").symlink_to(notes)
+    (notes / "gone.md").symlink_to(notes / "nowhere")
+    os.mkfifo(notes / "pipe.md")
+    (notes / "latin.md").write_bytes("déjà vu\n".encode("latin-1") * 90)
+    (notes / "wide.md").write_text("wide\n" * 90, encoding="utf-16")
+    found = info(niels, *where[:2], "--roam", notes)["roam"]
+    assert {os.path.relpath(f["path"], notes): f["reason"] for f in found["left_out"]} == {
+        ".obsidian": "hidden",
+        ".trash": "hidden",
+        "logseq/bak": "Logseq's backups",
+        "pages/.d.md": "hidden",
+        "loop": "link to a folder",
+        "gone.md": "No such file or directory",
+        "pipe.md": "not a regular file",
+    }
+    assert {os.path.relpath(f["path"], notes): f["reason"] for f in found["altered"]} == {
+        "latin.md": "not UTF-8: 180 characters were replaced",
+        "wide.md": "UTF-16, read as if it were UTF-8: save it as UTF-8",
+    }
+    assert found["files"] == 3
+    lines = niels("data", "info", *where[:2], "--roam", notes).stdout.splitlines()
+    assert f"  left out: {notes / 'loop'}: link to a folder" in lines
+    assert (
+        f"  not as it is: {notes / 'wide.md'}: UTF-16, read as if it were UTF-8: save it as UTF-8"
+        in lines
+    )
+
+
+def test_a_long_list_is_cut_and_says_so(niels, where, tmp_path):
+    notes = tmp_path / "vault"
+    notes.mkdir()
+    (notes / "a.md").write_text("text\n" * 100)
+    for n in range(25):
+        (notes / f".{n:02}.md").write_text("hidden")
+    lines = niels("data", "info", *where[:2], "--roam", notes).stdout.splitlines()
+    assert sum("left out" in line for line in lines) == 21
+    assert "  left out: and 5 more (--json lists them all)" in lines
+
+
+@given(st.text(max_size=30))
+def test_no_utf8_file_is_said_to_be_altered(tmp_path, text):
+    path = tmp_path / "note.md"
+    path.write_bytes(text.encode(errors="replace"))
+    assert altered([path]) == []
+
+
+def test_info_goes_on_where_a_source_cannot_be_used(niels, root, texts, tmp_path):
+    found = info(niels, "--wiki", tmp_path / "absent", "--roam", texts / "notes")
+    assert "does not have train.txt" in found["wiki"]["problem"]
+    assert found["roam"]["problem"] is None
+    text = niels("data", "info", "--wiki", tmp_path / "absent").stdout
+    assert "wiki    not there: " in text
+    assert f"roam    not there: no notes (*.md) under {paths.ROAM_DIR}, which is no folder" in text
+
+
+@pytest.mark.parametrize("with_note", [True, False])
+def test_text_of_another_suffix_is_not_passed_over_in_silence(niels, where, tmp_path, with_note):
+    notes = tmp_path / "vault"
+    (notes / ".obsidian").mkdir(parents=True)
+    for name in ("a.org", "b.org", "picture.png", ".DS_Store", ".obsidian/app.json"):
+        (notes / name).write_text("text")
+    if with_note:
+        (notes / "c.md").write_text("text\n" * 100)
+    lines = niels("data", "info", *where[:2], "--roam", notes).stdout.splitlines()
+    assert "  note: roam: only *.md is read, not 2 .org, 1 .png" in lines
+
+
+def test_info_fetches_nothing(niels, root, monkeypatch):
+    def fetch():
+        raise AssertionError("info has to work without the network")
+
+    monkeypatch.setattr(streams, "load_wikitext", fetch)
+    monkeypatch.setattr(
+        streams, "load_python_docs", lambda: {"train": ["text " * 100], "val": ["text " * 100]}
+    )
+    found = info(niels)
+    assert found["wiki"]["origin"].endswith("documentation")
+    assert "niels-gpt data fetch" in found["wiki"]["notes"][0]
+
+
+# --- build and fetch ---------------------------------------------------------------------------
+
+
+def test_build_caches_what_a_training_takes(niels, where, root, texts):
+    result = niels("data", "build", *where)
+    assert result.exit_code == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()] == [
+        f"{split}/{name}" for split in ("train", "val") for name in ("wiki", "roam", "primer")
+    ]
+    cached = {p.name: p.read_bytes() for p in (root / "data" / "cache" / "streams").glob("*.bin")}
+    train, val = build_sources(
+        StreamBuildConfig(wiki_root=texts / "wiki", roam_root=texts / "notes")
+    )
+    assert cached == {
+        f"{name}_{split}.bin": stream
+        for split, sources in (("train", train), ("val", val))
+        for name, stream in sources.items()
+    }
+
+
+def test_build_has_whole_digests_as_json(niels, where, texts):
+    found = json.loads(niels("data", "build", "--json", *where).stdout)
+    cfg = StreamBuildConfig(wiki_root=texts / "wiki", roam_root=texts / "notes")
+    known = [streams.describe_sources(sources) for sources in build_sources(cfg)]
+    assert found == {
+        split: {name: info._asdict() for name, info in infos.items()}
+        for split, infos in zip(("train", "val"), known, strict=True)
+    }
+
+
+def test_build_needs_what_is_named_only(niels, root, texts, tmp_path):
+    result = niels("data", "build", "--wiki", texts / "wiki")
+    assert result.exit_code == 0
+    assert "note: roam: left out (no notes" in result.stderr
+    named = niels("data", "build", "--wiki", texts / "wiki", "--roam", tmp_path / "absent")
+    assert (named.exit_code, named.stdout) == (2, "")
+    assert f"--roam {tmp_path / 'absent'}: no such folder" in named.stderr
+    (tmp_path / "absent").mkdir()
+    named = niels("data", "build", "--wiki", texts / "wiki", "--roam", tmp_path / "absent")
+    assert (named.exit_code, named.stdout) == (2, "")
+    assert "source 'roam' cannot be built" in named.stderr
+
+
+def test_rebuild_builds_anew(niels, where, root):
+    niels("data", "build", *where)
+    path = root / "data" / "cache" / "streams" / "wiki_train.bin"
+    before = path.stat().st_ino
+    niels("data", "build", *where)
+    assert path.stat().st_ino == before
+    niels("data", "build", "--rebuild", *where)
+    assert path.stat().st_ino != before
+
+
+def test_what_is_fetched_once_needs_no_network_again(niels, root, monkeypatch):
+    from niels_gpt.data import wikitext
+
+    calls = []
+
+    def load_dataset(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise ConnectionError("the network went away")
+        return HUB
+
+    monkeypatch.setattr(streams, "load_wikitext", wikitext.load_wikitext)
+    monkeypatch.setattr(wikitext, "_HUB_NAMES", ("Salesforce/wikitext",) * 2)
+    monkeypatch.setattr(wikitext, "load_dataset", load_dataset)
+    (root / "data" / "wiki").mkdir(parents=True)  # a folder of the user's does not stand in for it
+    first = niels("data", "fetch")
+    assert first.exit_code == 0, first.stderr
+    assert "train/wiki    WikiText-103, " in first.stdout
+    fetched = len(calls)
+    second = niels("data", "fetch")
+    assert second.stdout == first.stdout
+    assert len(calls) == fetched
+
+
+def test_a_fetch_that_fails_says_what_to_do(niels, root, monkeypatch):
+    result = niels("data", "fetch")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "error: WikiText-103 cannot be had: no network\n"
+
+
+# --- sample ------------------------------------------------------------------------------------
+
+
+def test_samples_are_the_rows_of_the_training(niels, where, texts, tmp_path):
+    (tmp_path / "c.json").write_text('{"model": {"T": 20, "C": 8, "H": 2}, "train": {"B": 6}}')
+    args = ["--config", "c.json", *where, "--step", "4", "-n", "5"]
+    rows = json.loads(niels("data", "sample", *args, "--json").stdout)
+    model_cfg, train_cfg = ModelConfig(T=20, C=8, H=2), TrainConfig(B=6)
+    text = open_text(model_cfg, train_cfg, locate(texts / "wiki", texts / "notes", None))
+    x, y = batch_of_step(train_cfg.seed, 3, text.train, p=text.p, B=6, T=20)
+    assert len(rows) == 5
+    for row in rows:
+        ids = [*x[row["row"]].tolist(), int(y[row["row"], -1])]
+        assert row["text"] == decode(x.new_tensor(ids))
+        start = row["start"]
+        assert text.train[row["source"]][start : start + 21] == bytes(ids)
+    shown = niels("data", "sample", *args).stdout
+    assert all(
+        f"row {row['row']}: {row['source']} from byte {row['start']:,}" in shown for row in rows
+    )
+
+
+@pytest.mark.parametrize("command", ["info", "build", "sample"])
+def test_a_bad_config_is_told(niels, root, command):
+    result = niels("data", command, "--config", "absent")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "absent: no such config file" in result.stderr
+
+
+def test_every_command_has_a_help_with_an_example():
+    """For this group and all others, subcommands included."""
+    from click.testing import CliRunner
+
+    from niels_gpt.cli import COMMANDS
+
+    for name in COMMANDS:
+        command = main.get_command(None, name)
+        for words, one in (
+            [([name], command)]
+            if not hasattr(command, "commands")
+            else [([name, sub], c) for sub, c in command.commands.items()]
+        ):
+            text = CliRunner().invoke(main, [*words, "--help"]).output
+            assert "Example: " in text, words
+            assert one.short_help or one.help, words

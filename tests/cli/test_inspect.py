@@ -1,0 +1,79 @@
+"""The `inspect` command on a small run."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def ckpt(niels, texts, tmp_path):
+    config = tmp_path / "config.json"
+    model = {"T": 12, "C": 8, "L": 1, "H": 2, "d_ff": 8}
+    train = {"B": 4, "total_steps": 3, "eval_steps": 1, "warmup_steps": 0}
+    config.write_text(json.dumps({"model": model, "train": train}))
+    out = tmp_path / "checkpoints"
+    where = ["--wiki", texts / "wiki", "--roam", texts / "notes", "--device", "cpu"]
+    result = niels("train", "--config", config, "--out", out, *where)
+    assert result.exit_code == 0, result.output
+    return out / "latest.pt"
+
+
+@pytest.fixture
+def inspect(niels, texts, ckpt):
+    where = ["--wiki", texts / "wiki", "--roam", texts / "notes"]
+    return lambda *args: niels("inspect", "--ckpt", ckpt, *where, *args)
+
+
+def test_all_three_parts_are_told(inspect):
+    result = inspect("--batches", 2, "--iterations", 3, "--top", 4)
+    assert result.exit_code == 0, result.output
+    for words in ("latest.pt, after step 3", "from 8 rows", "AdamW is stable up to lr", "11 notes"):
+        assert words in result.stdout
+    assert result.stdout.count("/note ") == 8
+
+
+def test_one_part_alone_as_json_has_every_note_by_name(inspect):
+    result = inspect("--only", "documents", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert list(found) == ["checkpoint", "step", "documents"]
+    assert len({d["name"] for d in found["documents"]}) == 11
+    assert inspect("--only", "documents", "--json").stdout == result.stdout
+
+
+def test_other_text_and_missing_files_are_refused(niels, texts, ckpt):
+    result = niels("inspect", "--ckpt", ckpt, "--wiki", texts / "wiki")
+    assert result.exit_code == 2
+    assert "not the text that it was trained on" in result.stderr
+    result = niels("inspect", "--ckpt", "nowhere.pt")
+    assert result.exit_code == 2
+    assert "nowhere.pt" in result.stderr
+
+
+def test_without_notes_the_other_parts_are_told(niels, texts, tmp_path):
+    """Notes are looked for first, so that no part is worked out for nothing."""
+    config = tmp_path / "config.json"
+    model = {"T": 12, "C": 8, "L": 1, "H": 2, "d_ff": 8}
+    config.write_text(json.dumps({"model": model, "train": {"B": 2, "total_steps": 2}}))
+    where = ["--wiki", texts / "wiki"]
+    args = ["--config", config, "--out", "out", "--set", "train.eval_steps=1", "--device", "cpu"]
+    assert niels("train", *args, *where).exit_code == 0
+    given = ["inspect", "--ckpt", "out/latest.pt", *where, "--iterations", 2]
+    result = niels(*given)
+    assert result.exit_code == 0, result.output
+    assert "note: no documents: " in result.stderr
+    assert "AdamW is stable up to lr" in result.stdout
+    result = niels(*given, "--only", "documents")
+    assert result.exit_code == 2
+    assert "error: " in result.stderr
+
+
+def test_the_suggested_batch_has_a_row_and_products_too_few_are_said(inspect):
+    from niels_gpt.analysis.noise import NoiseScale
+    from niels_gpt.cli.inspect import _noise_lines
+    from tests.training import trained_state
+
+    lines = _noise_lines(NoiseScale(8, 0.2, 0.1, 0.3, 1.0, 0.2), trained_state())
+    assert "B = 1:" in lines[-1]
+    result = inspect("--only", "sharpness", "--iterations", 1)
+    assert "not converged: it may be larger" in result.stdout

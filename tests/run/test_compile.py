@@ -1,0 +1,175 @@
+"""The compiled step: compared with the eager one before it is used, or not used."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+
+from niels_gpt import ModelConfig, TrainConfig, make_state, train_step
+from niels_gpt.checkpoint import load_checkpoint
+from niels_gpt.loss import block_gradients
+from niels_gpt.optim import update
+from niels_gpt.run import compile as compiled
+from niels_gpt.run.compile import choose_step, compile_step, tree_difference
+from niels_gpt.run.plan import choose_compile
+
+MODEL = ModelConfig(T=8, C=8, L=1, H=2, d_ff=8, dropout=0.2)
+TRAIN = TrainConfig(B=4, base_lr=0.1)
+
+
+@pytest.fixture
+def state():
+    return make_state(MODEL, TRAIN)
+
+
+@pytest.fixture
+def batch():
+    ids = torch.arange(36).view(4, 9)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def wrong(params, block, keys, model, B):
+    """Compute gradients with one element off by a hundredth."""
+    grads, loss = block_gradients(params, block, keys, model, B)
+    grads["ln_f.weight"] = grads["ln_f.weight"] + 0.01 * grads["ln_f.weight"].abs().max()
+    return grads, loss
+
+
+def not_a_number(params, block, keys, model, B):
+    grads, loss = block_gradients(params, block, keys, model, B)
+    return {name: g * float("nan") for name, g in grads.items()}, loss
+
+
+def broken(params, block, keys, model, B):
+    raise TypeError("no compiler here\nand a long story")
+
+
+def without_decay(*trees, weight_decay, **more):
+    return update(*trees, weight_decay=0.0, **more)
+
+
+@pytest.mark.parametrize(
+    ("compiled_form", "of", "word"),
+    [
+        (wrong, block_gradients, "differs by"),
+        (not_a_number, block_gradients, "nan"),
+        (broken, block_gradients, "TypeError: no compiler here"),
+        (without_decay, update, "differs by"),
+    ],
+)
+def test_what_differs_or_fails_is_not_used_and_that_is_said(
+    state, batch, monkeypatch, compiled_form, of, word
+):
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **how: compiled_form if function is of else function
+    )
+    said = []
+    step, is_compiled = choose_step(state, batch, said.append)
+    assert step is train_step
+    assert not is_compiled
+    assert word in said[0]
+    assert "\n" not in said[0]
+
+
+def test_what_agrees_is_used(state, batch, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    said = []
+    step, is_compiled = choose_step(state, batch, said.append)
+    assert is_compiled
+    assert "used" in said[0]
+    mu, expected = step(state, batch, 1e-3)[0].mu, train_step(state, batch, 1e-3)[0].mu
+    assert tree_difference(mu, expected) == 0
+
+
+def test_the_real_compiler_gives_the_same_steps(state, batch):
+    eager, fast = state, state
+    step = compile_step()
+    for _ in range(3):
+        eager, expected = train_step(eager, batch, 1e-2)
+        fast, metrics = step(fast, batch, 1e-2)
+        torch.testing.assert_close(metrics, expected, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(fast[:3], eager[:3], strict=True):
+        assert tree_difference(ours, theirs) < 1e-4
+
+
+def test_threads_of_a_compiled_step_add_up_in_the_same_order_each_time():
+    """With few distinct ids, so that many positions share a row of the embedding."""
+    cfg = ModelConfig(T=64, C=64, L=1, H=2, d_ff=64, dropout=0.2)
+    state, step = make_state(cfg, TRAIN), compile_step()
+    ids = torch.arange(64 * 65).view(64, 65) % 5
+    torch.set_num_threads(4)
+    first = step(state, (ids[:, :-1], ids[:, 1:]), 1e-2)[0]
+    for _ in range(20):
+        again = step(state, (ids[:, :-1], ids[:, 1:]), 1e-2)[0]
+        assert all(torch.equal(again.mu[name], mu) for name, mu in first.mu.items())
+
+
+def test_the_choice_is_recorded_and_a_resume_inherits_it(niels, texts, tmp_path, monkeypatch):
+    chosen = []
+
+    def note_and_choose(state, batch, say):
+        chosen.append(state.step)
+        return train_step, state.step == 0
+
+    monkeypatch.setattr("niels_gpt.run.session.choose_step", note_and_choose)
+    config = {"model": vars(MODEL), "train": {"B": 2, "total_steps": 2, "warmup_steps": 0}}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    where = ["--wiki", texts / "wiki", "--roam", texts / "notes", "--out", "out"]
+    args = ["train", "--config", "c.json", "--device", "cpu", *where]
+
+    def recorded():
+        payload = load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")
+        return payload["environment"]["compile"]
+
+    assert niels(*args, "--compile").exit_code == 0
+    assert (chosen, recorded()) == ([0], True)
+    assert niels(*args, "--resume", "latest", "--set", "train.total_steps=3").exit_code == 0
+    assert (chosen, recorded()) == ([0, 2], False)  # the second choice was against it
+    assert niels(*args, "--resume", "latest", "--set", "train.total_steps=4").exit_code == 0
+    assert chosen == [0, 2]
+    assert compiled.TOLERANCE < 0.01
+
+
+LONG = TrainConfig(total_steps=1000)  # of the default model: 1.7e14 operations
+
+
+@pytest.mark.parametrize(
+    ("asked", "inherited", "device", "cfg", "compiler", "expected"),
+    [
+        (None, None, "cpu", LONG, "c++", True),
+        (None, None, "cpu", LONG, None, False),
+        (None, None, "mps", LONG, "c++", False),
+        (None, None, "cpu", TrainConfig(total_steps=100, warmup_steps=10), "c++", False),
+        (None, False, "cpu", LONG, "c++", False),
+        (None, True, "mps", TrainConfig(total_steps=100, warmup_steps=10), "c++", True),
+        (False, True, "cpu", LONG, "c++", False),
+        (True, None, "mps", LONG, None, True),
+    ],
+)
+def test_what_decides_whether_to_compile(
+    asked, inherited, device, cfg, compiler, expected, monkeypatch
+):
+    monkeypatch.setattr("shutil.which", lambda name: compiler)
+    chosen, why = choose_compile(asked, inherited, device, ModelConfig(), cfg)
+    assert chosen == expected
+    assert why
+
+
+def test_a_block_and_an_update_are_one_graph_each_for_all_steps(state, batch, monkeypatch):
+    """A break would leave parts to eager execution, and only the time would tell."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_with = partial(torch.compile, backend=backend)
+    monkeypatch.setattr(torch, "compile", compile_with)
+    step = compile_step()
+    expected = state
+    for lr in (0.1, 0.2, 0.3):
+        state, _ = step(state, batch, lr)
+        expected, _ = train_step(expected, batch, lr)
+    torch.testing.assert_close(state[:3], expected[:3])
+    assert len(graphs) == 2

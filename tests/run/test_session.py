@@ -1,0 +1,115 @@
+"""What a run does when the world does not play along: the disk, the numbers, the log."""
+
+import errno
+import json
+import signal
+
+import pytest
+
+from niels_gpt.checkpoint import load_checkpoint
+from niels_gpt.console import Console
+from niels_gpt.files import durable
+from niels_gpt.run import folder, session
+
+CONFIG = {
+    "model": {"T": 16, "C": 8, "L": 1, "H": 2, "d_ff": 8},
+    "train": {
+        "B": 4,
+        "total_steps": 6,
+        "eval_every": 6,
+        "eval_steps": 1,
+        "ckpt_every": 2,
+        "log_every": 2,
+        "warmup_steps": 0,
+    },
+}
+
+
+@pytest.fixture
+def train(niels, texts, tmp_path):
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps(CONFIG))
+    where = ["--wiki", texts / "wiki", "--roam", texts / "notes", "--out", tmp_path / "out"]
+    return lambda *args: niels("train", "--config", config, "--device", "cpu", *where, *args)
+
+
+def full_disk(path):
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+def test_a_failed_save_is_told_and_the_next_one_tries_again(train, tmp_path, monkeypatch):
+    write, tried = folder.write_checkpoint, []
+
+    def write_later(paths, payload):
+        tried.append(payload["step"])
+        return full_disk(paths[0]) if payload["step"] == 4 else write(paths, payload)
+
+    monkeypatch.setattr(folder, "write_checkpoint", write_later)
+    result = train()
+    assert result.exit_code == 0, result.stderr
+    assert tried == [2, 4, 6, 6]
+    assert "SAVE FAILED after step 4" in result.stderr
+    assert "No space left on device" in result.stderr
+    assert f"last good checkpoint: {tmp_path / 'out' / 'latest.pt'}" in result.stderr
+    assert load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")["step"] == 6
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_failed_final_save_is_exit_code_1(train, monkeypatch, stopped):
+    monkeypatch.setattr(folder, "write_checkpoint", lambda paths, payload: full_disk(paths[0]))
+    batch_of_step = session.batch_of_step
+
+    def batch(seed, step, *args, **more):
+        if stopped and step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return batch_of_step(seed, step, *args, **more)
+
+    monkeypatch.setattr(session, "batch_of_step", batch)
+    result = train()
+    assert result.exit_code == 1
+    assert "SAVE FAILED" in result.stderr
+    assert result.stderr.count("no checkpoint yet") >= 2
+    assert ("stopped by SIGTERM" if stopped else "the final save failed") in result.stderr
+
+
+def test_numbers_that_are_not_finite_end_the_run_with_what_is_good_named(train, tmp_path):
+    good = train("--set", "train.total_steps=2")
+    assert good.exit_code == 0
+    more = ["--set", "train.base_lr=1e30", "--set", "train.min_lr=1e30"]
+    latest = tmp_path / "out" / "latest.pt"
+    before = latest.read_bytes()
+    result = train("--resume", latest, "--set", "train.total_steps=9", *more)
+    assert result.exit_code == 1
+    assert "of step " in result.stderr
+    assert "batch key: seed and step" in result.stderr
+    assert f"last good checkpoint: {latest}" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert latest.read_bytes() == before
+
+
+def test_a_log_that_cannot_be_written_costs_no_checkpoint_and_no_record(
+    train, tmp_path, monkeypatch
+):
+    append, failures = durable.append_bytes, iter(range(2))
+
+    def append_later(path, data):
+        return append(path, data) if next(failures, None) is None else full_disk(path)
+
+    monkeypatch.setattr(durable, "append_bytes", append_later)
+    result = train()
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("No space left on device") == 2
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 4, 6, 6]
+
+
+def test_on_a_terminal_a_line_shows_where_the_run_is(train, monkeypatch):
+    class Terminal(Console):
+        def __init__(self):
+            super().__init__()
+            self.is_live = True
+
+    monkeypatch.setattr("niels_gpt.run.launch.Console", Terminal)
+    shown = train().stdout
+    for words in ("step 1/6  loss ", "  lr 0.0003  ", " bytes/s  ", " left\r"):
+        assert words in shown, words
