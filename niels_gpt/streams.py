@@ -55,28 +55,19 @@ class StreamBuildConfig:
     fetch: bool = True
 
 
-def locate(
-    wiki: str | Path | None,
-    roam: str | Path | None,
-    primer: str | Path | None,
-    *,
-    write_cache: bool = True,
-) -> StreamBuildConfig:
-    """Return where the sources are read from: as given, None for the default place.
+def locate(places: Mapping[str, str | Path], *, write_cache: bool = True) -> StreamBuildConfig:
+    """Return where the sources are read from: as given by name, else their default places.
 
     FileNotFoundError for a place that is given and is not there: only at its default place may
     a source be absent.
     """
-    if roam is not None and not Path(roam).is_dir():
-        raise FileNotFoundError(f"--roam {roam}: no such folder")
-    if primer is not None and not Path(primer).is_file():
-        raise FileNotFoundError(f"--primer {primer}: no such file")
-    cfg = StreamBuildConfig(wiki_root=wiki, write_cache=write_cache)
-    if roam is not None:
-        cfg = replace(cfg, roam_root=roam)
-    if primer is not None:
-        cfg = replace(cfg, primer_path=primer)
-    return cfg
+    if "roam" in places and not Path(places["roam"]).is_dir():
+        raise FileNotFoundError(f"--roam {places['roam']}: no such folder")
+    if "primer" in places and not Path(places["primer"]).is_file():
+        raise FileNotFoundError(f"--primer {places['primer']}: no such file")
+    fields = {"wiki": "wiki_root", "roam": "roam_root", "primer": "primer_path"}
+    given: dict[str, Any] = {fields[name]: place for name, place in places.items()}
+    return StreamBuildConfig(write_cache=write_cache, **given)
 
 
 class SourceInfo(NamedTuple):

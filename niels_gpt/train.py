@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from niels_gpt.cli.options import source_options
+
 _STEP_FUNCTIONS = ("evaluate", "make_state", "train_step")
 
 _FOLDER = click.Path(path_type=Path)
@@ -27,9 +29,7 @@ _NAME = click.Path()  # a str: a word may stand for a file; the type completes f
 @click.option("--device", metavar="NAME", help="cpu, mps or cuda; by default mps where it is.")
 @click.option("--out", type=_FOLDER, metavar="DIR", help="Output folder (default checkpoints/).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")
-@click.option("--wiki", type=_FOLDER, metavar="DIR", help="Folder with train.txt and val.txt.")
-@click.option("--roam", type=_FOLDER, metavar="DIR", help="Folder of markdown notes.")
-@click.option("--primer", type=_FOLDER, metavar="FILE", help="Chat primer.")
+@source_options
 @click.option("--compile/--no-compile", "compile_step", default=None, help="Compile the step.")
 @click.option("--dry-run", is_flag=True, help="Check and estimate everything, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the estimate as JSON.")
@@ -40,9 +40,7 @@ def main(
     device: str | None,
     out: Path | None,
     overrides: tuple[str, ...],
-    wiki: Path | None,
-    roam: Path | None,
-    primer: Path | None,
+    places: dict[str, Path],
     compile_step: bool | None,
     dry_run: bool,
     as_json: bool,
@@ -60,9 +58,7 @@ def main(
         resume=resume,
         device=device,
         out=out,
-        wiki=wiki,
-        roam=roam,
-        primer=primer,
+        places=places,
         compile=compile_step,
         allow_data_change=allow_data_change,
         dry_run=dry_run,

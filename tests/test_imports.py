@@ -19,7 +19,8 @@ MODEL = "model.dropout model.flops model.rope model.blocks model.gpt model"
 CORE = "optim loss state batching step eval"
 DATA = "data.split data.roam data.primer data.wikitext data.python_docs data"
 FILES = "files files.durable files.torchfile files.schema"
-ORDER = f"{LEAVES} {MODEL} {CORE} {DATA} {FILES} data.cache streams checkpoint run run.stop run.loop".split()
+LOOP = "data.cache streams checkpoint run run.stop run.loop"
+ORDER = f"{LEAVES} {MODEL} {CORE} {DATA} {FILES} {LOOP}".split()
 ENTRIES = {"train", "cli", "__main__"}  # on top of everything that is not named above
 
 MATHS = f"rng lr_schedule {MODEL} {CORE}".split()

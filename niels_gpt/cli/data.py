@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from niels_gpt.cli.options import CONFIG, HELP, Command, source_options
+from niels_gpt.cli.options import CONFIG, HELP, Command, Places, source_options
 from niels_gpt.cli.report import print_json
 from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_from_json
 from niels_gpt.failures import exit_on_failure
@@ -42,9 +41,7 @@ def main() -> None:
 @_config_option
 @source_options
 @_JSON
-def info(
-    config: str | None, wiki: Path | None, roam: Path | None, primer: Path | None, as_json: bool
-) -> None:
+def info(config: str | None, places: Places, as_json: bool) -> None:
     """Show each source and what was left out.
 
     Where it is from, its splits with sizes and digests, the state of the cache, and every file
@@ -53,7 +50,7 @@ def info(
     with exit_on_failure(2):
         from niels_gpt.analysis.data_report import survey
 
-        found = survey(_where(config, wiki, roam, primer)[2])
+        found = survey(_where(config, places)[2])
     if as_json:
         print_json(found)
     else:
@@ -67,9 +64,7 @@ def info(
 @_JSON
 def build(
     config: str | None,
-    wiki: Path | None,
-    roam: Path | None,
-    primer: Path | None,
+    places: Places,
     rebuild: bool,
     as_json: bool,
 ) -> None:
@@ -77,14 +72,13 @@ def build(
 
     A source that is named has to be there; of the others those that are there are built.
     """
-    given = {"wiki": wiki, "roam": roam, "primer": primer}
     with exit_on_failure(2):
         from niels_gpt.streams import build_sources
 
         train, val = build_sources(
             replace(
-                _where(config, wiki, roam, primer)[2],
-                required_sources=tuple(name for name, place in given.items() if place),
+                _where(config, places)[2],
+                required_sources=tuple(places),
                 force_rebuild=rebuild,
             )
         )
@@ -116,9 +110,7 @@ def fetch(as_json: bool) -> None:
 @_JSON
 def sample(
     config: str | None,
-    wiki: Path | None,
-    roam: Path | None,
-    primer: Path | None,
+    places: Places,
     step: int,
     n: int,
     as_json: bool,
@@ -129,7 +121,7 @@ def sample(
     text draws.
     """
     with exit_on_failure(2):
-        model_cfg, train_cfg, where = _where(config, wiki, roam, primer)
+        model_cfg, train_cfg, where = _where(config, places)
         from niels_gpt.analysis.windows import rows_of_step
         from niels_gpt.run.plan import open_text
 
@@ -145,7 +137,7 @@ def sample(
 
 
 def _where(
-    config: str | None, wiki: Path | None, roam: Path | None, primer: Path | None
+    config: str | None, places: Places
 ) -> tuple[ModelConfig, TrainConfig, StreamBuildConfig]:
     """Return the configs, and where and how the sources are read under them."""
     from niels_gpt.streams import locate
@@ -153,7 +145,7 @@ def _where(
     model_cfg, train_cfg = ModelConfig(), TrainConfig()
     if config is not None:
         model_cfg, train_cfg = load_config_from_json(find_config(config))
-    where = locate(wiki, roam, primer)
+    where = locate(places)
     return (
         model_cfg,
         train_cfg,

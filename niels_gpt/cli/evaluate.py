@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from niels_gpt.cli.options import HELP, PATH, source_options
+from niels_gpt.cli.options import HELP, PATH, Places, source_options
 from niels_gpt.cli.report import print_json
 from niels_gpt.config import SOURCE_NAMES
 from niels_gpt.failures import exit_on_failure
@@ -41,9 +41,7 @@ def main(
     rows: int | None,
     text: Path | None,
     names: tuple[str, ...],
-    wiki: Path | None,
-    roam: Path | None,
-    primer: Path | None,
+    places: Places,
     seed: int | None,
     steps: int | None,
     device: str | None,
@@ -55,13 +53,11 @@ def main(
     standard error. By default on the random windows that the training evaluated on. With --full
     every byte is scored once, and the figure depends on text, model and stride alone.
     """
-    places = {"wiki": wiki, "roam": roam, "primer": primer}
-    given = [name for name, place in places.items() if place is not None]
     if not full and (stride, rows) != (None, None):
         raise click.UsageError("--stride and --rows go with --full")
     if full and (seed, steps) != (None, None):
         raise click.UsageError("--seed and --steps are about samples, and --full takes none")
-    if text is not None and (names or given):
+    if text is not None and (names or places):
         raise click.UsageError("--text FILE is scored alone, without sources")
     with exit_on_failure(2):
         from niels_gpt.analysis import evaluation
@@ -72,11 +68,11 @@ def main(
             ckpt,
             lambda state: (
                 evaluation.open_validation(
-                    locate(wiki, roam, primer),
+                    locate(places),
                     names,
                     state.model_cfg.T,
                     state.train_cfg.seed,
-                    given,
+                    places,
                 )
                 if text is None
                 else evaluation.open_file(text)

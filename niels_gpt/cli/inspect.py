@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from niels_gpt.cli.options import HELP, PATH, source_options
+from niels_gpt.cli.options import HELP, PATH, Places, source_options
 from niels_gpt.cli.report import print_json
 from niels_gpt.failures import describe, exit_on_failure
 from niels_gpt.terminal import exit_on_interrupt
@@ -54,9 +54,7 @@ PARTS = ("noise", "sharpness", "documents")
 def main(
     ckpt: Path,
     only: tuple[str, ...],
-    wiki: Path | None,
-    roam: Path | None,
-    primer: Path | None,
+    places: Places,
     batches: int,
     iterations: int,
     windows: int,
@@ -80,7 +78,7 @@ def main(
         from niels_gpt.streams import locate
 
         state, payload = load_state(ckpt, device=resolve_device(device))
-        sources = locate(wiki, roam, primer)
+        sources = locate(places)
         text, notes = open_text_of(payload, ckpt, state, sources)
         for note in notes:
             click.echo(f"note: {note}", err=True)

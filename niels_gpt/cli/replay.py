@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from niels_gpt.cli.options import HELP, PATH, source_options
+from niels_gpt.cli.options import HELP, PATH, Places, source_options
 from niels_gpt.cli.report import print_json
 from niels_gpt.failures import exit_on_failure
 from niels_gpt.terminal import exit_on_interrupt, write
@@ -37,9 +37,7 @@ def main(
     start: Path | None,
     end: Path | None,
     step: int | None,
-    wiki: Path | None,
-    roam: Path | None,
-    primer: Path | None,
+    places: Places,
     device: str,
     as_json: bool,
 ) -> None:
@@ -60,7 +58,7 @@ def main(
         from niels_gpt.device import resolve_device
         from niels_gpt.streams import locate
 
-        device, sources = resolve_device(device), locate(wiki, roam, primer)
+        device, sources = resolve_device(device), locate(places)
         if end is not None:
             verdict = replay_files(start, end, sources, device, _show_step)
             _tell(verdict.notes)

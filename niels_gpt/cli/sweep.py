@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from niels_gpt.cli.options import HELP, PATH, source_options
+from niels_gpt.cli.options import HELP, PATH, Places, source_options
 from niels_gpt.cli.report import print_json
 from niels_gpt.failures import exit_on_failure
 from niels_gpt.terminal import exit_on_interrupt
@@ -55,9 +55,7 @@ def main(
     lrs: list[float],
     decays: list[float] | None,
     seeds: int,
-    wiki: Path | None,
-    roam: Path | None,
-    primer: Path | None,
+    places: Places,
     device: str,
     memory: float | None,
     solo: bool,
@@ -91,7 +89,7 @@ def main(
             decays or [train_cfg.weight_decay],
             range(train_cfg.seed, train_cfg.seed + seeds),
         )
-        text = open_text(model_cfg, train_cfg, locate(wiki, roam, primer))
+        text = open_text(model_cfg, train_cfg, locate(places))
         for note in text.notes:
             click.echo(f"note: {note}", err=True)
         budget = sweep.memory_budget() if memory is None else int(memory * 1e9)

@@ -1,6 +1,7 @@
 """What a user asks of the `train` command, as a value."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -13,9 +14,7 @@ class TrainOptions:
     resume: str | None = None
     device: str | None = None
     out: Path | None = None
-    wiki: Path | None = None
-    roam: Path | None = None
-    primer: Path | None = None
+    places: Mapping[str, Path] = field(default_factory=dict)  # of sources, by name
     compile: bool | None = None
     dry_run: bool = False
     as_json: bool = False

@@ -84,7 +84,7 @@ def make_plan(model_cfg: ModelConfig, train_cfg: TrainConfig, options: TrainOpti
     text = open_text(
         model_cfg,
         train_cfg,
-        locate(options.wiki, options.roam, options.primer, write_cache=not options.dry_run),
+        locate(options.places, write_cache=not options.dry_run),
     )
     sources = describe(text.train, text.val)
     inherited = kept_environment(resumed.payload).get("compile", False) if resumed else None

@@ -100,7 +100,8 @@ def resume_line(options: TrainOptions, folder: Path) -> str:
     given = {
         "--config": [options.config],
         "--set": options.overrides,
-        **{f"--{name}": [getattr(options, name)] for name in ("wiki", "roam", "primer", "device")},
+        **{f"--{name}": [place] for name, place in options.places.items()},
+        "--device": [options.device],
         "--resume": [folder / LATEST],
     }
     words = [

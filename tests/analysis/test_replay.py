@@ -268,7 +268,7 @@ def test_a_step_before_the_first_checkpoint_is_reached_from_the_initial_state(ru
 @pytest.fixture(scope="module")
 def opened(whole_run, texts):
     state, _ = load_state(whole_run / "step_0000006.pt", device="cpu")
-    return state, open_text(*state[-2:], locate(texts / "wiki", texts / "notes", None))
+    return state, open_text(*state[-2:], locate({"wiki": texts / "wiki", "roam": texts / "notes"}))
 
 
 def test_advance_is_the_step_of_the_training_loop(whole_run, opened):

@@ -267,7 +267,9 @@ def test_samples_are_the_rows_of_the_training(niels, where, texts, tmp_path):
     args = ["--config", "c.json", *where, "--step", "4", "-n", "5"]
     rows = json.loads(niels("data", "sample", *args, "--json").stdout)
     model_cfg, train_cfg = ModelConfig(T=20, C=8, H=2), TrainConfig(B=6)
-    text = open_text(model_cfg, train_cfg, locate(texts / "wiki", texts / "notes", None))
+    text = open_text(
+        model_cfg, train_cfg, locate({"wiki": texts / "wiki", "roam": texts / "notes"})
+    )
     x, y = batch_of_step(train_cfg.seed, 3, text.train, p=text.p, B=6, T=20)
     assert len(rows) == 5
     for row in rows:

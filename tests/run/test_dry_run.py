@@ -19,7 +19,8 @@ MODEL = ModelConfig(T=16, C=8, L=1, H=2, d_ff=8)
 
 
 def plan_of(texts, out, **train):
-    options = TrainOptions("-", wiki=texts / "wiki", roam=texts / "notes", out=out, dry_run=True)
+    places = {"wiki": texts / "wiki", "roam": texts / "notes"}
+    options = TrainOptions("-", places=places, out=out, dry_run=True)
     cfg = {"B": 2, "eval_steps": 2, **train}
     return make_plan(MODEL, TrainConfig(**cfg), options)
 
