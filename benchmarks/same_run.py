@@ -83,7 +83,7 @@ def fingerprints(folder: Path) -> dict[str, str]:
 @click.option("--roam", type=click.Path(path_type=Path), help="Folder of markdown notes.")
 def main(other: Path, wiki: Path | None, roam: Path | None) -> None:
     """Compare the runs of this checkout with those of OTHER."""
-    places = {"--wiki": wiki, "--roam": roam}
+    places = {"--wiki": wiki, "--roam": roam, "--primer": REPO_ROOT / "data" / "primer.txt"}
     text = [w for name, place in places.items() if place for w in (name, place.resolve())]
     different = 0
     with tempfile.TemporaryDirectory() as temporary:
