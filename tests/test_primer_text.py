@@ -1,6 +1,8 @@
-"""The shipped primer: enough text, all of it well-formed conversations."""
+"""The shipped primer: enough text, all of it short and well-formed conversations."""
 
+import operator
 import re
+from collections import Counter
 
 import pytest
 
@@ -11,6 +13,8 @@ from niels_gpt.data import DIALOGUE_DELIM
 TEXT = paths.PRIMER_PATH.read_bytes().decode("utf-8")
 DIALOGUES = TEXT.rstrip("\n").split(DIALOGUE_DELIM)
 TURN = re.compile(r"^(system|user|assistant): ", re.MULTILINE)
+SUM = re.compile(r"(\d+) (plus|minus|times) (\d+)(?:(?:,? which)? is (\d+))?")
+OPERATIONS = {"plus": operator.add, "minus": operator.sub, "times": operator.mul}
 
 
 def parse(dialogue):
@@ -22,18 +26,28 @@ def parse(dialogue):
     ]
 
 
+def said(role):
+    return [m["content"] for d in DIALOGUES for m in parse(d) if m["role"] == role]
+
+
+def sums(text):
+    """Yield (the sum as written, its true result, the result it states or None)."""
+    for match in SUM.finditer(text):
+        a, operation, b, stated = match.groups()
+        yield match[0], OPERATIONS[operation](int(a), int(b)), stated and int(stated)
+
+
 def test_there_is_enough_of_it():
-    assert len(TEXT.encode("utf-8")) >= 20_000
-    assert len(DIALOGUES) >= 60
-    assert len(set(DIALOGUES)) == len(DIALOGUES)
+    assert len(TEXT.encode("utf-8")) >= 120_000
+    assert len(DIALOGUES) >= 400
 
 
 def test_it_has_variety():
     chats = [parse(dialogue) for dialogue in DIALOGUES]
-    assert sum(chat[0]["role"] == "system" for chat in chats) >= 4
-    assert sum(len(chat) > 3 for chat in chats) >= 20
-    replies = [m["content"] for chat in chats for m in chat if m["role"] == "assistant"]
-    assert len(set(replies)) == len(replies)
+    assert sum(chat[0]["role"] == "system" for chat in chats) >= 20
+    assert sum(len(chat) > 3 for chat in chats) >= 200
+    assert [d for d, n in Counter(DIALOGUES).items() if n > 1] == []
+    assert [reply for reply, n in Counter(said("assistant")).items() if n > 3] == []
 
 
 @pytest.mark.parametrize("dialogue", DIALOGUES, ids=range(len(DIALOGUES)))
@@ -46,11 +60,32 @@ def test_every_dialogue_is_in_the_chat_format(dialogue):
         roles = roles[1:]
     assert roles == ["user", "assistant"] * (len(roles) // 2)
     assert all(message["content"].strip() == message["content"] != "" for message in chat)
+    assert not any("\n" in message["content"] for message in chat), "a turn is one line"
+
+
+def test_replies_are_short():
+    assert [reply for reply in said("assistant") if len(reply.encode("utf-8")) > 300] == []
+
+
+def test_sums_are_right():
+    replies = said("assistant")
+    stated = [found for reply in replies for found in sums(reply) if found[2] is not None]
+    assert len(stated) >= 40
+    assert [written for written, result, claim in stated if claim != result] == []
+    asked = [
+        (question, reply, result)
+        for question, reply in zip(said("user"), replies, strict=True)
+        for written, result, _ in sums(question)
+        if max(map(int, re.findall(r"\d+", written))) <= 100
+    ]
+    assert len(asked) >= 20
+    assert [a for a in asked if str(a[2]) not in re.findall(r"\d+", a[1])] == []
 
 
 def test_lines_are_clean():
+    assert TEXT.isascii()
     assert "\r" not in TEXT
     assert "\t" not in TEXT
-    assert not re.search(r" $", TEXT, re.MULTILINE)
+    assert not re.search(r" $|  ", TEXT, re.MULTILINE)
     assert TEXT.endswith("\n")
     assert not TEXT.endswith("\n\n")
