@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from niels_gpt import ModelConfig
-from niels_gpt.cli.options import PATH, source_options
+from niels_gpt.cli.shared.options import PATH, source_options
 from niels_gpt.config import find_config, load_config_from_json
 from niels_gpt.console import Console
 from niels_gpt.failures import exit_on_failure

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from niels_gpt.cli.options import source_options
+from niels_gpt.cli.shared.options import source_options
 
 _STEP_FUNCTIONS = ("evaluate", "make_state", "train_step")
 

@@ -2,7 +2,7 @@
 
 import re
 
-from niels_gpt.cli import COMMANDS
+from niels_gpt.cli import main
 from niels_gpt.config import SECTIONS, to_dict
 from tests import ROOT
 
@@ -40,7 +40,7 @@ def test_every_key_of_a_config_is_in_the_table():
 
 
 def test_every_command_is_in_the_table_and_has_its_page():
-    for command in COMMANDS:
+    for command in main.list_commands(None):
         assert re.search(rf"^\| \[?`{command}`", README, flags=re.MULTILINE), command
         if command != "train":
             assert (ROOT / "docs" / f"{command}.md").exists(), command

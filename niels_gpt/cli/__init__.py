@@ -1,4 +1,4 @@
-"""The `niels-gpt` command: a group of thin commands, each imported when it is needed."""
+"""The `niels-gpt` command. Each module of this folder is one of its commands: it defines `main`."""
 
 import errno
 import io
@@ -6,6 +6,7 @@ import platform
 import sys
 import warnings
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 import click
@@ -14,34 +15,19 @@ from niels_gpt import __version__
 from niels_gpt.failures import describe
 from niels_gpt.terminal import give_up
 
-COMMANDS = {
-    "train": "niels_gpt.train:main",
-    "sample": "niels_gpt.cli.sample:main",
-    "chat": "niels_gpt.cli.chat:main",
-    "sweep": "niels_gpt.cli.sweep:main",
-    "replay": "niels_gpt.cli.replay:main",
-    "inspect": "niels_gpt.cli.inspect:main",
-    "evaluate": "niels_gpt.cli.evaluate:main",
-    "plot": "niels_gpt.cli.plot:main",
-    "data": "niels_gpt.cli.data:main",
-    "config": "niels_gpt.cli.config:main",
-    "checkpoint": "niels_gpt.cli.checkpoint:main",
-}
 
-
-class LazyGroup(click.Group):
-    """A group that knows its commands by name and imports one when it is asked for."""
+class Commands(click.Group):
+    """A group whose commands are the modules of this folder, imported when they are asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return all names, in the order of `COMMANDS`."""
-        return list(COMMANDS)
+        """Return the names of the modules; folders hold what the commands share."""
+        return [module.name for module in iter_modules(__path__) if not module.ispkg]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import a command."""
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self.list_commands(ctx):
             return None
-        module, _, attribute = COMMANDS[cmd_name].partition(":")
-        command: click.Command = getattr(import_module(module), attribute)
+        command: click.Command = import_module(f"{__name__}.{cmd_name}").main
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -73,7 +59,7 @@ def _show_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> N
     ctx.exit()
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version",
     is_flag=True,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from niels_gpt.cli.options import HELP
-from niels_gpt.cli.sampling import generation_options, use_one_thread
+from niels_gpt.cli.shared.generation import generation_options, use_one_thread
+from niels_gpt.cli.shared.options import HELP
 from niels_gpt.failures import exit_on_failure
 from niels_gpt.terminal import exit_on_interrupt, note, write
 

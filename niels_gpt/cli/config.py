@@ -3,8 +3,8 @@
 import click
 
 from niels_gpt.analysis.config_report import Setting, resolve
-from niels_gpt.cli.options import CONFIG, HELP
-from niels_gpt.cli.report import print_json
+from niels_gpt.cli.shared.options import CONFIG, HELP
+from niels_gpt.cli.shared.report import print_json
 from niels_gpt.config import find_config
 from niels_gpt.failures import exit_on_failure
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from niels_gpt.cli.options import CONFIG, HELP, Command, Places, source_options
-from niels_gpt.cli.report import print_json
+from niels_gpt.cli.shared.options import CONFIG, HELP, Command, Places, source_options
+from niels_gpt.cli.shared.report import print_json
 from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_from_json
 from niels_gpt.failures import exit_on_failure
 from niels_gpt.terminal import write

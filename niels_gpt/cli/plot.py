@@ -6,8 +6,8 @@ import click
 
 from niels_gpt import paths
 from niels_gpt.analysis import plot
-from niels_gpt.cli.options import HELP, PATH
-from niels_gpt.cli.report import print_json
+from niels_gpt.cli.shared.options import HELP, PATH
+from niels_gpt.cli.shared.report import print_json
 from niels_gpt.failures import exit_on_failure
 
 

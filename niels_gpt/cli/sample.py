@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from niels_gpt.cli.options import HELP
-from niels_gpt.cli.sampling import generation_options, use_one_thread
+from niels_gpt.cli.shared.generation import generation_options, use_one_thread
+from niels_gpt.cli.shared.options import HELP
 from niels_gpt.failures import exit_on_failure
 from niels_gpt.terminal import exit_on_interrupt, note, write
 

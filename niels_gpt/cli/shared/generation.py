@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from niels_gpt.cli.options import PATH
+from niels_gpt.cli.shared.options import PATH
 
 Command = Callable[..., Any]
 

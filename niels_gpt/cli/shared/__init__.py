@@ -1,0 +1,1 @@
+"""What commands share: the modules of the folder above are commands, each of them."""
