@@ -50,3 +50,13 @@ def test_what_is_linked_exists():
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_every_test_that_a_document_names_exists():
+    tests = ROOT / "tests"
+    files = {p.relative_to(tests).as_posix(): p.read_text() for p in tests.rglob("test_*.py")}
+    for document in ("laws.md", "reliability.md"):
+        text = (ROOT / "docs" / document).read_text()
+        for file, name in re.findall(r"`(?:([\w/]+\.py)::)?(test_\w+)`", text):
+            among = [files.get(file, "")] if file else files.values()
+            assert any(f"def {name}(" in source for source in among), f"{document}: {file} {name}"
