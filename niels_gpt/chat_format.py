@@ -13,13 +13,15 @@ _REPLY_AT_LINE_START = re.compile(r"^assistant: ", re.MULTILINE)
 def format_chat(messages: Sequence[Mapping[str, str]]) -> str:
     """Return the turns of `messages`, each with `role` and `content`, ending in the prompt.
 
-    A last message by the assistant with empty content is that prompt. ValueError for another
-    role, naming the message.
+    A final empty assistant message is that prompt.
+
+    Raises:
+        ValueError: for an unknown role or a content that is not a string, naming the message.
     """
     for index, message in enumerate(messages):
         if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
             raise ValueError(
-                f"message {index} needs a role of {', '.join(ROLES)} and a content string, "
+                f"message {index} must have a role system, user or assistant and a string content, "
                 f"got {dict(message)!r}"
             )
     turns = [(message["role"], message["content"]) for message in messages]
@@ -29,10 +31,13 @@ def format_chat(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def extract_assistant_reply(text: str) -> str:
-    """Return the last reply that is not empty, stripped, up to the next turn; "" if none is.
+    """Return the last non-empty reply, stripped, up to the next turn; "" if all are empty.
 
-    A reply begins after `assistant: ` at the start of a line; where no line starts with it, as
-    in a window cut out of a conversation, after it anywhere. ValueError where it is missing.
+    A reply starts after `assistant: ` at the start of a line. If no line starts with it, as in a
+    window cut out of a conversation, a reply starts after `assistant: ` anywhere.
+
+    Raises:
+        ValueError: if there is no `assistant: `.
     """
     starts = [match.end() for match in _REPLY_AT_LINE_START.finditer(text)]
     starts = starts or [match.end() for match in re.finditer(re.escape(PROMPT), text)]

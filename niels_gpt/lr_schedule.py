@@ -18,12 +18,14 @@ def lr_at_step(
     warmup_steps: int,
     min_lr: float,
 ) -> float:
-    """Return the learning rate of the update that follows `step` finished ones.
+    """Return the learning rate of the update after `step` finished updates.
 
-    Linear from 0 up to `base_lr` at step `warmup_steps` (below `min_lr` at first), then half a
-    cosine down to exactly `min_lr` at step `total_steps - 1`, never outside [min_lr, base_lr].
-    With no room to decay, `warmup_steps >= total_steps - 1`, the peak itself is the last value.
-    `step` counts from 0 to `total_steps - 1`; illegal arguments raise ValueError.
+    Linear warmup from 0 to `base_lr` at step `warmup_steps` (below `min_lr` at first), then half a
+    cosine down to exactly `min_lr` at step `total_steps - 1`, clamped to [min_lr, base_lr]. If
+    `warmup_steps >= total_steps - 1` leaves no room to decay, the schedule ends at the peak.
+
+    Raises:
+        ValueError: for an invalid argument; `step` must be in [0, total_steps - 1].
     """
     _check(step, total_steps, base_lr, warmup_steps, min_lr)
     if step < warmup_steps:
@@ -36,7 +38,7 @@ def lr_at_step(
 
 
 def lr_of_step(step: int, cfg: TrainConfig) -> float:
-    """Return the learning rate of the update that follows `step` finished ones of a run."""
+    """Return the learning rate of a run's update after `step` finished updates."""
     return lr_at_step(
         step,
         cfg.total_steps,
@@ -51,16 +53,16 @@ def _check(step: int, total_steps: int, base_lr: float, warmup_steps: int, min_l
     rates = {"base_lr": base_lr, "min_lr": min_lr}
     for name, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool):
-            raise ValueError(f"{name}={count!r} has to be a whole number")
+            raise ValueError(f"{name}={count!r} must be an integer")
     for name, rate in rates.items():
         number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
         if not number or not 0 <= rate <= sys.float_info.max:
-            raise ValueError(f"{name}={rate!r} has to be a finite number from 0 up")
+            raise ValueError(f"{name}={rate!r} must be a finite number, 0 or more")
     if total_steps < 1:
-        raise ValueError(f"total_steps={total_steps} has to be at least 1")
+        raise ValueError(f"total_steps={total_steps} must be at least 1")
     if not 0 <= step < total_steps:
-        raise ValueError(f"step={step} has to lie in [0, total_steps - 1] = [0, {total_steps - 1}]")
+        raise ValueError(f"step={step} must be in [0, total_steps - 1] = [0, {total_steps - 1}]")
     if warmup_steps < 0:
-        raise ValueError(f"warmup_steps={warmup_steps} has to be at least 0")
+        raise ValueError(f"warmup_steps={warmup_steps} must be at least 0")
     if min_lr > base_lr:
         raise ValueError(f"min_lr={min_lr} is above base_lr={base_lr}")

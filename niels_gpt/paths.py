@@ -1,4 +1,4 @@
-"""Where things lie. Read the attributes through the module, so that a test can replace them."""
+"""Default locations. Read them as attributes of the module, so that tests can replace them."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ PACKAGE_DIR = Path(__file__).resolve().parent
 
 
 def _find_root(package_dir: Path) -> Path:
-    """Return the checkout that the package sits in; else $NIELS_GPT_HOME, else the current folder.
+    """Return the checkout that contains the package, else $NIELS_GPT_HOME or the current folder.
 
     A wheel's parent folder (site-packages) has no pyproject.toml and no configs folder.
     """
@@ -25,12 +25,12 @@ CONFIG_DIR = REPO_ROOT / "configs"
 
 
 def ensure_dirs() -> None:
-    """Create the checkpoint and config folders where they are missing."""
+    """Create the checkpoint and config folders if they are missing."""
     CHECKPOINT_DIR.mkdir(parents=True, exist_ok=True)
     CONFIG_DIR.mkdir(parents=True, exist_ok=True)
 
 
 def primer_path() -> Path:
-    """Return PRIMER_PATH, or the copy that a wheel carries where that file does not exist."""
+    """Return PRIMER_PATH, or the copy inside an installed wheel if that file does not exist."""
     bundled = PACKAGE_DIR / "data" / "primer.txt"
     return bundled if bundled.is_file() and not PRIMER_PATH.exists() else PRIMER_PATH

@@ -110,5 +110,5 @@ def test_without_the_tag_there_is_no_reply(text):
     ],
 )
 def test_a_wrong_message_is_refused_with_its_place(message):
-    with pytest.raises(ValueError, match="message 1 needs a role of system, user, assistant"):
+    with pytest.raises(ValueError, match="message 1 must have a role system, user or assi"):
         format_chat([turn("user", "hi"), message])

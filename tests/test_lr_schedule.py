@@ -222,4 +222,4 @@ def test_illegal_arguments_are_named_with_their_value(name, value):
     step, total = arguments.pop("step"), arguments.pop("total_steps")
     with pytest.raises(ValueError, match=name) as error:
         lr_at_step(step, total, **arguments)
-    assert f"={value!r} has" in str(error.value)
+    assert f"={value!r} must be" in str(error.value)

@@ -1,4 +1,4 @@
-"""Where text comes from: WikiText, notes, the primer, and Python's own documentation."""
+"""Readers of text: WikiText, notes, the primer, and Python's own documentation."""
 
 from niels_gpt.data.primer import DIALOGUE_DELIM, load_primer_text, split_primer_dialogues
 from niels_gpt.data.roam import list_roam_paths, load_texts, scan_notes, split_roam_paths

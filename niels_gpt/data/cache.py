@@ -1,7 +1,7 @@
-"""Streams kept on disk: `{name}.bin` has the bytes, `{name}.meta.json` what they were made of.
+"""Streams cached on disk: the bytes in `{name}.bin`, their origin in `{name}.meta.json`.
 
 A meta file holds the inputs as the builder names them, and `length` and `sha256` of the bytes. A
-stream is served for equal inputs only, and only when its bytes have that length and digest.
+stream is served only for equal inputs, and only if its bytes match that length and digest.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from niels_gpt.files.durable import (
 
 
 class Stream(NamedTuple):
-    """Bytes with their digest, so that nobody hashes them twice."""
+    """Bytes with their digest, so that they are hashed only once."""
 
     data: bytes
     sha256: str
 
 
 class DamagedCacheError(ValueError):
-    """A cached stream is not what its meta file says."""
+    """A cached stream does not match its meta file."""
 
 
 def digest(data: bytes) -> Stream:
@@ -36,7 +36,7 @@ def digest(data: bytes) -> Stream:
 
 
 def read_meta(folder: Path, name: str) -> dict[str, Any]:
-    """Read what is said of a cached stream; {} where nothing legible is."""
+    """Read the meta file of a cached stream; {} if it is missing or invalid."""
     try:
         meta = json.loads((folder / f"{name}.meta.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -45,9 +45,10 @@ def read_meta(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_stream(folder: Path, name: str, inputs: dict[str, Any]) -> Stream | None:
-    """Return the cached stream that was made from `inputs`, None where there is none.
+    """Return the cached stream made from `inputs`, or None if there is none.
 
-    Raises DamagedCacheError when there is one and its length or digest is wrong.
+    Raises:
+        DamagedCacheError: if its length or digest is wrong.
     """
     meta = read_meta(folder, name)
     length, sha256 = meta.pop("length", None), meta.pop("sha256", None)
@@ -59,14 +60,15 @@ def read_stream(folder: Path, name: str, inputs: dict[str, Any]) -> Stream | Non
     except OSError as error:
         raise DamagedCacheError(f"{path} cannot be read ({error.strerror})") from error
     if (len(stream.data), stream.sha256) != (length, sha256):
-        raise DamagedCacheError(f"{path} does not have the length and digest of its meta file")
+        raise DamagedCacheError(f"{path} does not match the length and digest in its meta file")
     return stream
 
 
 def write_streams(folder: Path, items: Iterable[tuple[str, dict[str, Any], Stream]]) -> None:
-    """Cache each (name, inputs, stream), durably; leave it to another process that is at it.
+    """Cache each (name, inputs, stream) durably; do nothing if another process is writing.
 
-    Raises OSError where the folder cannot be written.
+    Raises:
+        OSError: if the folder cannot be written.
     """
     make_folder(folder)
     try:

@@ -1,4 +1,4 @@
-"""The chat primer: short dialogues in one text file, parted by a delimiter."""
+"""The chat primer: short dialogues in one text file, separated by a delimiter."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ DIALOGUE_DELIM = "\n\n<dialogue>\n\n"
 
 
 def load_primer_text(path: str | Path) -> str:
-    """Read the primer as UTF-8: bad bytes replaced, a byte order mark dropped, line ends as \\n.
+    """Read the primer as UTF-8: invalid bytes replaced, a byte order mark dropped.
 
-    Line ends are unified because the delimiter contains them.
+    Line ends become \\n, because the delimiter contains them.
     """
     return Path(path).read_text(encoding="utf-8-sig", errors="replace")
 
@@ -20,7 +20,7 @@ def split_primer_dialogues(
 ) -> tuple[str, str]:
     """Split the dialogues into (train_text, val_text), each joined by the delimiter.
 
-    Blocks are stripped, empty ones dropped. Ranked by their text, by `split_by_key`'s rule.
+    Dialogues are stripped, empty ones dropped, and the rest split by `split_by_key` on their text.
     """
     blocks = [block for part in text.split(delimiter) if (block := part.strip())]
     train, val = split_by_key(

@@ -1,7 +1,7 @@
-"""The embedded default text: the English documentation that every Python carries.
+"""The fallback text: the English documentation that ships with every Python.
 
-It is made of pydoc's topics (the language reference) and of the docstrings of the standard library,
-both found by parsing files: nothing of them is imported or run.
+It consists of pydoc's topics (the language reference) and the docstrings of the standard library,
+both read by parsing files: nothing is imported or run.
 """
 
 import ast
@@ -15,7 +15,7 @@ from pathlib import Path
 from niels_gpt.data.split import split_by_key
 
 VAL_FRAC = 0.05
-_SPLIT_SEED = 0  # the text and its split belong to the Python, not to the run
+_SPLIT_SEED = 0  # the text and its split depend on the Python, not on the run
 # Not the library's own text, hardly any prose, or not in every build of one version.
 _SKIPPED_FOLDERS = {
     "__pycache__", "dist-packages", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3",
@@ -24,16 +24,16 @@ _SKIPPED_FOLDERS = {
 
 
 def python_docs_origin() -> str:
-    """Name the text of the running Python."""
+    """Return the name of the running Python's text."""
     return f"Python {platform.python_version()} documentation"
 
 
 def load_python_docs(stdlib: str | Path | None = None) -> dict[str, list[str]]:
     """Collect the documentation of the running Python as {"train": docs, "val": docs}.
 
-    A document is one topic, or all docstrings of one module in the order of its file; documents
-    are in the order of their names and split by them. `stdlib` is the folder of the standard
-    library; an unreadable or unparsable file in it is passed over.
+    A document is one topic, or all docstrings of one module in file order. Documents are sorted
+    and split by name. `stdlib` is the folder of the standard library; files in it that cannot be
+    read or parsed are skipped.
     """
     root = Path(stdlib or sysconfig.get_path("stdlib"))
     with warnings.catch_warnings():

@@ -13,8 +13,8 @@ PathT = TypeVar("PathT", bound=str | Path)
 
 HIDDEN = "hidden"
 LOGSEQ_BACKUP = "Logseq's backups"
-_LOGSEQ_COPIES = ("bak", "version-files")  # older versions of pages; the second is of its sync
-SKIPPED_BY_DESIGN = (HIDDEN, LOGSEQ_BACKUP)  # nobody takes these for notes of their own
+_LOGSEQ_COPIES = ("bak", "version-files")  # older versions of pages; the second by its sync
+SKIPPED_BY_DESIGN = (HIDDEN, LOGSEQ_BACKUP)  # not notes of their own, so not reported
 
 
 class Skipped(NamedTuple):
@@ -32,9 +32,9 @@ def list_roam_paths(root: str | Path) -> list[Path]:
 def scan_notes(root: str | Path) -> tuple[list[Path], list[Skipped]]:
     """Find the notes below `root`, and what was left out, each sorted by path.
 
-    Left out are hidden files and folders (`.obsidian`, `.trash`), Logseq's `logseq/bak` and
-    `logseq/version-files`, links to folders (which may form loops), and what is not a readable
-    regular file. Only names below `root` count: `root` itself may be hidden, or a link.
+    Hidden files and folders (`.obsidian`, `.trash`), Logseq's `logseq/bak` and
+    `logseq/version-files`, links to folders (which may form loops), and anything but a readable
+    regular file are left out. Only names below `root` count: `root` itself may be hidden or a link.
     """
     top = Path(os.path.abspath(root))
     paths: list[Path] = []
@@ -54,7 +54,7 @@ def scan_notes(root: str | Path) -> tuple[list[Path], list[Skipped]]:
 
 
 def other_files(root: str | Path) -> Counter[str]:
-    """Count by suffix the files among the notes that are none; hidden ones aside."""
+    """Count by suffix the other files among the notes, except hidden ones."""
     counts: Counter[str] = Counter()
     for folder, subfolders, files in os.walk(os.path.abspath(root)):
         subfolders[:] = [name for name in subfolders if not _why_not_folder(Path(folder, name))]
@@ -64,7 +64,7 @@ def other_files(root: str | Path) -> Counter[str]:
 
 
 def load_texts(paths: Iterable[str | Path]) -> list[str]:
-    """Read each file as UTF-8, bad bytes replaced by U+FFFD, line ends kept as they are."""
+    """Read each file as UTF-8, invalid bytes replaced by U+FFFD, line ends unchanged."""
     return [Path(path).read_bytes().decode("utf-8", errors="replace") for path in paths]
 
 
@@ -77,8 +77,7 @@ def split_roam_paths(
 ) -> tuple[list[PathT], list[PathT]]:
     """Split notes into (train, val) by their path relative to `root` (default: common parent).
 
-    Deterministic, disjoint and covering, each side in the given order; a path given twice counts
-    once. The rule is `split_by_key`'s.
+    Both lists keep the given order; a path given twice counts once. See `split_by_key`.
     """
     unique = list(dict.fromkeys(paths))
     if not unique:

@@ -10,14 +10,17 @@ Doc = TypeVar("Doc")
 def split_by_key(
     docs: Iterable[Doc], key: Callable[[Doc], bytes], *, val_frac: float, seed: int
 ) -> tuple[list[Doc], list[Doc]]:
-    """Send the `max(1, int(n * val_frac))` lowest ranks to val, all else to train, in given order.
+    """Split into (train, val), val being the `max(1, int(n * val_frac))` lowest ranks, in order.
 
-    A rank is the SHA-256 of (seed, key): a document keeps its rank whatever is added, removed or
-    renamed around it, so such a change moves at most one other document across the boundary.
-    Fewer than 2 documents leave val empty. Raises ValueError unless 0 <= val_frac < 1.
+    The rank of a document is the SHA-256 of (seed, key). Adding, removing or renaming another
+    document does not change it, so such a change moves at most one document across the boundary.
+    With fewer than 2 documents val is empty.
+
+    Raises:
+        ValueError: unless 0 <= val_frac < 1.
     """
     if not 0 <= val_frac < 1:
-        raise ValueError(f"val_frac={val_frac} has to be at least 0 and below 1")
+        raise ValueError(f"val_frac={val_frac} must be at least 0 and below 1")
     docs = list(docs)
     if len(docs) < 2:
         return docs, []

@@ -9,7 +9,7 @@ _HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
 
 
 def load_dataset(*args: Any, **kwargs: Any) -> Any:
-    """Call `datasets.load_dataset`, imported only now; ImportError says how to install it."""
+    """Import `datasets` and call its `load_dataset`; ImportError says how to install it."""
     try:
         datasets = import_module("datasets")
     except ImportError as error:
@@ -22,8 +22,9 @@ def load_dataset(*args: Any, **kwargs: Any) -> Any:
 def load_wikitext() -> dict[str, list[str]]:
     """Load WikiText-103 (raw) as lines per split: train, val, test. Blank lines are dropped.
 
-    Raises ImportError without `datasets`, RuntimeError when the hub gives the data under none
-    of its names.
+    Raises:
+        ImportError: if `datasets` is not installed.
+        RuntimeError: if the hub has the data under none of its names.
     """
     hub = _load_from_hub()
     return {split: _texts(hub[hub_split]) for split, hub_split in _HUB_SPLITS.items()}
@@ -34,7 +35,7 @@ def _load_from_hub() -> Any:
         return load_dataset(_HUB_NAMES[0], _HUB_CONFIG)
     except ImportError:
         raise
-    except Exception as first:  # the hub's client raises nearly every type there is
+    except Exception as first:  # the hub's client raises almost any type
         try:
             return load_dataset(_HUB_NAMES[1], _HUB_CONFIG)
         except Exception as second:

@@ -1,4 +1,4 @@
-"""A conversation: turns in, a prompt that fits, a reply that ends where the next turn begins."""
+"""A conversation: a prompt that fits the context, a reply that ends where the next turn starts."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,13 +16,13 @@ Say = Callable[[str], object]
 STOPS = (*(f"\n{role}: " for role in ROLES), DIALOGUE_DELIM.rstrip())
 
 HELP = """\
-a line is a message, or one of these:
+a line is a message or one of these commands:
   /reset      forget the conversation, keep the system message
-  /seed N     draw the next replies with another seed
+  /seed N     use another seed for the next replies
   /save FILE  write the conversation to a new file, in the format of the primer
   /exit       leave (or Ctrl-D)
-  /help       this
-A message that begins with / needs a space before it."""
+  /help       list these commands
+To send a message that starts with /, put a space before it."""
 
 
 class Chat(NamedTuple):
@@ -33,7 +33,7 @@ class Chat(NamedTuple):
 
 
 class Voice(NamedTuple):
-    """Who replies, and how."""
+    """The model that replies, and its settings."""
 
     params: Tree
     cfg: ModelConfig
@@ -42,7 +42,7 @@ class Voice(NamedTuple):
 
 
 def new_chat(system: str | None, seed: int) -> Chat:
-    """Begin a conversation, with a system message or without."""
+    """Start a conversation, with or without a system message."""
     return Chat((_message("system", system),) if system else (), seed)
 
 
@@ -50,15 +50,16 @@ def new_chat(system: str | None, seed: int) -> Chat:
 
 
 def prompt_room(T: int) -> int:
-    """Return how many bytes of a context of T a prompt may fill: a quarter is the reply's."""
+    """Return how many bytes of a context of T the prompt may fill: a quarter is for the reply."""
     return T - T // 4
 
 
 def fit(messages: Sequence[Message], room: int) -> list[Message]:
-    """Return as many of the latest turns as make a prompt of at most `room` bytes.
+    """Return the latest turns whose prompt fits into `room` bytes.
 
-    The oldest exchanges go first, each a user's message with all up to the next one; the system
-    messages in front stay, unless the last exchange needs their room. That one always stays.
+    The oldest exchanges are dropped first, each a user's message and everything up to the next
+    one. The leading system messages stay unless the last exchange needs their room; the last
+    exchange always stays.
     """
     n_system = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
     system, turns = list(messages[:n_system]), list(messages[n_system:])
@@ -68,7 +69,7 @@ def fit(messages: Sequence[Message], room: int) -> list[Message]:
 
 
 def reply_stream(voice: Voice, chat: Chat) -> Iterator[str]:
-    """Yield the reply to the last message piece by piece; the draws belong to (seed, turn)."""
+    """Yield the reply to the last message in pieces; its draws depend on (seed, turn)."""
     turn = sum(message["role"] == "assistant" for message in chat.messages)
     prompt = format_chat(fit(chat.messages, prompt_room(voice.cfg.T))).encode()
     chunks = stream(
@@ -85,10 +86,10 @@ def reply_stream(voice: Voice, chat: Chat) -> Iterator[str]:
 
 
 def visible(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield what of a reply can be shown as it grows, and end where the next turn begins.
+    """Yield the parts of a reply that can be shown as it grows; end where the next turn starts.
 
-    Held back is what may still turn out to be a stop, and white space that may be the last. All
-    pieces together are `extract_assistant_reply` of what comes before the first stop.
+    Text that may turn out to be a stop, and white space that may be the last, is held back. The
+    pieces joined are `extract_assistant_reply` of the text before the first stop.
     """
     text = shown = ""
     for piece in pieces:
@@ -110,7 +111,7 @@ def _first_stop(text: str) -> int | None:
 
 
 def _held_back(text: str) -> int:
-    """Return the length of the longest end of the text with which a stop begins."""
+    """Return the length of the longest suffix of the text that is the start of a stop."""
     longest = max(map(len, STOPS)) - 1
     ends = (text[len(text) - n :] for n in range(min(longest, len(text)), 0, -1))
     return next((len(end) for end in ends if any(stop.startswith(end) for stop in STOPS)), 0)
@@ -128,7 +129,7 @@ def _message(role: str, content: str) -> Message:
 
 
 def answer(voice: Voice, chat: Chat, text: str, show: Say, tell: Say) -> Chat:
-    """Say `text` and return the chat with the reply, which is shown as it comes."""
+    """Send `text`, show the reply as it is generated, and return the chat with both."""
     asked = chat._replace(messages=(*chat.messages, _message("user", text)))
     for note in context_notes(asked.messages, voice.cfg.T):
         tell(note)
@@ -138,24 +139,24 @@ def answer(voice: Voice, chat: Chat, text: str, show: Say, tell: Say) -> Chat:
         reply += piece
     show("\n")
     if not reply:
-        tell("an empty reply; another seed or a higher temperature may give one")
+        tell("empty reply; try another seed or a higher temperature")
     return asked._replace(messages=(*asked.messages, _message("assistant", reply)))
 
 
 def context_notes(messages: Sequence[Message], T: int) -> list[str]:
-    """Say what of the conversation the model will not see."""
+    """Return messages about the parts of the conversation that the model will not see."""
     kept = fit(messages, prompt_room(T))
     full = f"the context of {T} bytes is full"
     notes = []
     if left_out := len(messages) - len(kept):
         notes.append(f"{full}: the oldest {left_out} of {len(messages)} messages are left out")
     if unseen := window_start(n := _prompt_bytes(kept), T):
-        notes.append(f"{full}: of the last turn only {n - unseen} of {n} bytes are seen")
+        notes.append(f"{full}: only the last {n - unseen} of {n} bytes of the last turn are seen")
     return notes
 
 
 def obey(chat: Chat, line: str) -> tuple[Chat | None, str]:
-    """Carry out a line that begins with `/`: return the chat, None to leave, and what to tell."""
+    """Run a `/` command: return the new chat (None to leave) and the message to show."""
     command, _, argument = line.partition(" ")
     argument = argument.strip()
     match command:
@@ -165,19 +166,19 @@ def obey(chat: Chat, line: str) -> tuple[Chat | None, str]:
             return chat, HELP
         case "/reset":
             system = tuple(m for m in chat.messages if m["role"] == "system")
-            return chat._replace(messages=system), "forgotten"
+            return chat._replace(messages=system), "conversation forgotten"
         case "/seed":
             return _reseeded(chat, argument)
         case "/save":
             return chat, _saved(chat, argument)
-    return chat, f"there is no {command}; /help lists what there is"
+    return chat, f"unknown command {command}; /help lists the commands"
 
 
 def _reseeded(chat: Chat, argument: str) -> tuple[Chat, str]:
     try:
         seed = int(argument)
     except ValueError:
-        return chat, f"/seed needs a whole number, got {argument!r}"
+        return chat, f"/seed needs an integer, got {argument!r}"
     return chat._replace(seed=seed), f"seed {seed}"
 
 
@@ -194,7 +195,7 @@ def _saved(chat: Chat, argument: str) -> str:
 
 
 def converse(voice: Voice, chat: Chat, lines: Iterable[str], show: Say, tell: Say) -> Chat:
-    """Reply to each line until they end or one says /exit; return the conversation."""
+    """Reply to each line until the end or /exit; return the conversation."""
     for line in lines:
         if line.startswith("/"):
             obeyed, outcome = obey(chat, line.strip())

@@ -1,6 +1,6 @@
-"""Write a model so that other programs can load it: safetensors, and its config beside it.
+"""Export a model for other programs: safetensors, with the config as JSON beside it.
 
-The format (safetensors 1.0) is a length, a JSON header, and the raw values. It is written here
+The format (safetensors 1.0) is a length, a JSON header, and the raw values. It is implemented here
 because the package `safetensors` needs NumPy to write torch tensors.
 """
 
@@ -24,15 +24,15 @@ def export(checkpoint: Path, out: Path, *, overwrite: bool = False) -> tuple[Pat
     """Write the model of a checkpoint to `out` and a `.json` of the same name; return both paths.
 
     Raises:
-        ValueError: if the checkpoint is not good, or `out` does not end in `.safetensors`.
-        FileExistsError: if a file is there, unless `overwrite`.
+        ValueError: if the checkpoint is invalid, or `out` does not end in `.safetensors`.
+        FileExistsError: if a file exists, unless `overwrite`.
         OSError: if a file cannot be read or written.
     """
     if out.suffix != ".safetensors":
-        raise ValueError(f"{out}: the name has to end in .safetensors")
+        raise ValueError(f"{out}: the name must end in .safetensors")
     config = out.with_suffix(".json")
     if there := [path for path in (out, config) if path.exists() and not overwrite]:
-        raise FileExistsError(f"{there[0]}: already there; --force replaces it")
+        raise FileExistsError(f"{there[0]}: exists already; --force replaces it")
     payload = load_checkpoint(checkpoint, device="cpu")
     names = parameter_shapes(ModelConfig(**payload["model_cfg"]))
     tensors = {name: payload["model_state"][name] for name in names}
@@ -43,7 +43,7 @@ def export(checkpoint: Path, out: Path, *, overwrite: bool = False) -> tuple[Pat
 
 
 def export_config(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Say what a program that loads the weights has to know."""
+    """Return what a program that loads the weights must know."""
     return {
         "architecture": "niels_gpt",
         "model": dict(payload["model_cfg"]),

@@ -1,13 +1,13 @@
-"""Generate bytes, one forward pass each, from what was kept of the bytes before.
+"""Generate bytes, one forward pass each, with cached keys and values of the bytes before.
 
-`begin` and `extend` are pure: a `Context` is all that the next byte depends on, and
-`extend(begin(text), byte)` is `begin(text + byte)`, to float32 rounding.
+`begin` and `extend` are pure: the next byte depends only on a `Context`, and
+`extend(begin(text), byte)` is `begin(text + byte)`, up to float32 rounding.
 
 The window. The model sees at most T bytes. A text of n bytes is seen from `window_start(n, T)` on:
-all of it up to T; then, whenever it would outgrow T, the older half of the window is let go and the
-rest is read anew in one pass. So more than the last T // 2 bytes are always seen, three quarters of
-T on average, and which ones depends on n alone. To keep exactly the last T would leave nothing to
-cache: what the model has computed of a byte holds all bytes before it, also those let go.
+all of it up to T; then, whenever it would exceed T, the older half of the window is dropped and the
+rest is read again in one pass. More than the last T // 2 bytes are always seen, three quarters of
+T on average, and which ones depends only on n. Always using the last T would leave nothing to
+cache, because the values of a byte depend on all bytes before it, dropped ones included.
 
 Shapes: B texts, t bytes in the window (at most T), V byte values.
 """
@@ -29,14 +29,14 @@ from niels_gpt.model.blocks import KV
 from niels_gpt.model.gpt import GPT, Past, no_past, skeleton
 from niels_gpt.rng import keyed_generator
 
-START = b"\n"  # what an empty prompt begins with: a text begins on a new line
+START = b"\n"  # stands for an empty prompt: a text starts on a new line
 BYTES = 256  # a larger vocabulary has more ids; only these are drawn
 
 
 class Context(NamedTuple):
-    """What the next byte of each of B texts depends on."""
+    """Everything that the next byte of each of B texts depends on."""
 
-    window: Tensor  # (B, t) int64, the bytes that are seen
+    window: Tensor  # (B, t) int64, the visible bytes
     past: Past  # their keys and values
     logits: Tensor  # (B, V) of the byte after them
 
@@ -46,12 +46,12 @@ class Sampling:
     """How a byte is drawn from logits; the default is the model's own distribution.
 
     Raises:
-        ValueError: naming the field that is out of range, when it is made.
+        ValueError: on construction, naming the field that is out of range.
     """
 
-    temperature: float = 1.0  # divides the logits; 0 takes the likeliest byte
-    top_k: int | None = None  # only the k likeliest
-    top_p: float | None = None  # only the fewest likeliest that reach this share together
+    temperature: float = 1.0  # divides the logits; 0 takes the most likely byte
+    top_k: int | None = None  # only the k most likely
+    top_p: float | None = None  # only the smallest set of most likely bytes that reaches this
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -66,9 +66,9 @@ class Sampling:
 
 
 def bind(params: Tree, cfg: ModelConfig) -> GPT:
-    """Return a model in eval mode whose weights are these tensors themselves, not copies.
+    """Return a model in eval mode whose weights are these tensors, not copies.
 
-    A call of it costs half a millisecond less than `functional_call`, which matters for one byte.
+    Calling it takes half a millisecond less than `functional_call`, which matters for one byte.
     """
     model = copy.deepcopy(skeleton(cfg))
     tied = {**params, "lm_head.weight": params["tok_emb.weight"]}
@@ -78,7 +78,7 @@ def bind(params: Tree, cfg: ModelConfig) -> GPT:
 
 
 def window_start(n: int, T: int) -> int:
-    """Return where the window of a text of n bytes begins: 0 up to n = T, then in halves of T."""
+    """Return where the window of a text of n bytes starts: 0 up to n = T, then in halves of T."""
     half = T - T // 2
     return max(0, math.ceil((n - T) / half) * half)
 
@@ -109,7 +109,7 @@ def _read(model: GPT, ids: Tensor, past: Past) -> Context:
 
 
 def _stack(parts: Sequence[Context]) -> Context:
-    """Put the texts of several contexts into one."""
+    """Join the texts of several contexts into one."""
     windows, pasts, logits = zip(*parts, strict=True)
     past = tuple(
         KV(torch.cat([kv.k for kv in of_block]), torch.cat([kv.v for kv in of_block]))
@@ -119,7 +119,7 @@ def _stack(parts: Sequence[Context]) -> Context:
 
 
 def _repeat(context: Context, n: int) -> Context:
-    """Read the one text of a context as n texts, without a copy."""
+    """Expand the single text of a context to n texts, without copying."""
     past = tuple(KV(kv.k.expand(n, -1, -1, -1), kv.v.expand(n, -1, -1, -1)) for kv in context.past)
     return Context(context.window.expand(n, -1), past, context.logits.expand(n, -1))
 
@@ -128,16 +128,16 @@ def _repeat(context: Context, n: int) -> Context:
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Return the probabilities (B, V) that bytes are drawn with.
+    """Return the probabilities (B, V) with which bytes are drawn.
 
-    The temperature comes first, then top-k, then top-p of what top-k left. Among equals the lower
-    byte ranks higher. The likeliest byte always stays, and so does the one that crosses top_p.
+    Applies the temperature, then top-k, then top-p to what top-k left. Among equals, the lower byte
+    ranks higher. The most likely byte always stays, as does the one that crosses top_p.
 
     Raises:
         ValueError: if a logit is not finite.
     """
     if not logits.isfinite().all():
-        raise ValueError("the model's output is not finite, so nothing can be drawn from it")
+        raise ValueError("the model's output is not finite: no byte can be drawn")
     if sampling.temperature < torch.finfo(torch.float32).tiny:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     probs = ((logits - logits.amax(-1, keepdim=True)) / sampling.temperature).softmax(-1)
@@ -149,16 +149,16 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         ranked[..., sampling.top_k :] = 0
         ranked /= ranked.sum(-1, keepdim=True)
     if sampling.top_p is not None and sampling.top_p < 1:
-        reached = ranked.cumsum(-1)[..., :-1] >= sampling.top_p  # by this byte and the likelier
+        reached = ranked.cumsum(-1)[..., :-1] >= sampling.top_p  # by this byte and more likely ones
         ranked[..., 1:].masked_fill_(reached, 0)
         ranked /= ranked.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter(-1, order, ranked)
 
 
 def invert_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Return the bytes (B,) at which the cumulated probabilities (B, V) pass uniforms (B,).
+    """Return the bytes (B,) at which the cumulative probabilities (B, V) pass uniforms (B,).
 
-    Never one of probability 0, whatever the rounding, for uniforms in [0, 1).
+    For uniforms in [0, 1) this is never a byte of probability 0, despite rounding.
     """
     cdf = probs.cumsum(-1)
     return (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1)
@@ -182,11 +182,11 @@ def stream(
     """Yield the next byte of every sample, max_bytes times.
 
     Draw k of sample i is a function of (seed, purpose, i, k): a sample is the same alone, in a
-    batch and on every device, up to the rounding of the logits. They are brought to the CPU to be
-    drawn from, so that there is one arithmetic of it. An empty prompt begins with START.
+    batch and on every device, up to the rounding of the logits. Sampling happens on the CPU, so
+    that it does not depend on the device. An empty prompt is START.
 
     Args:
-        params: as in `TrainState`, on the device to be used.
+        params: as in `TrainState`, on the device to use.
         samples: the indices i; all are generated in one pass.
     """
     sampling = sampling or Sampling()
@@ -213,16 +213,16 @@ def generate(
     samples: Sequence[int] = (0,),
     sampling: Sampling | None = None,
 ) -> list[bytes]:
-    """Return max_bytes bytes that go on from the prompt for every sample, as `stream` does."""
+    """Return max_bytes bytes that continue the prompt for every sample, as `stream` does."""
     steps = stream(params, cfg, prompt, max_bytes, seed=seed, samples=samples, sampling=sampling)
     columns = zip(*steps, strict=True)
     return [bytes(column) for column in columns] or [b"" for _ in samples]
 
 
 def decode_stream(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Yield text as soon as its characters are whole; what is not UTF-8 becomes U+FFFD.
+    """Yield text as soon as its characters are complete; invalid UTF-8 becomes U+FFFD.
 
-    All pieces together are the whole's `decode("utf-8", errors="replace")`.
+    The pieces joined are `b"".join(chunks).decode("utf-8", errors="replace")`.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for chunk in chunks:

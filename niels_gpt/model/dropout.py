@@ -1,9 +1,8 @@
 """Dropout whose masks are a pure function of (seed, step, row, site).
 
-A mask bit is a hash of a counter under a key, in the manner of Salmon et al. 2011 ("Parallel
-random numbers: as easy as 1, 2, 3"). There is no generator and no state, so the same masks come
-out on every device, for every number of threads, in one pass or row by row, under `vmap` and
-inside a compiled graph.
+A mask bit is a hash of a counter under a key, as in Salmon et al. 2011 ("Parallel random numbers:
+as easy as 1, 2, 3"). There is no generator and no state, so the masks are the same on every device,
+for any number of threads, in one pass or row by row, under `vmap` and in a compiled graph.
 
 Shapes: B rows, S sites (places in the model where dropout acts), two 32-bit key words each.
 All words are int32 with wrapping arithmetic: MPS has no unsigned 32-bit integers.
@@ -22,15 +21,15 @@ DRAWS = 1 << 31  # values of one draw: a hash word without its lowest bit
 
 
 def sites(L: int) -> int:
-    """Count the sites of a model of L blocks: the embedding, and three in each block."""
+    """Count the sites of a model with L blocks: the embedding, and three in each block."""
     return 1 + 3 * L
 
 
 def dropout_keys(seed: int, step: int, rows: range | Tensor, n_sites: int) -> Tensor:
     """Derive the keys of one step's masks: (len(rows), n_sites, 2) int32, on the CPU.
 
-    `rows` are positions in the whole batch. A step that is split by rows, into blocks or over
-    processes, slices these keys (or asks for its own rows) and draws the masks of the whole.
+    `rows` are positions in the whole batch. To split a step by rows, into blocks or over
+    processes, slice these keys (or pass the rows wanted): the masks are those of the whole.
     """
     root = derive_seed(seed, "dropout", step)
     row = torch.as_tensor(rows, dtype=torch.int32)[:, None]
@@ -43,7 +42,7 @@ def dropout_keys(seed: int, step: int, rows: range | Tensor, n_sites: int) -> Te
 
 
 def keep_rate(p: float) -> float:
-    """Return the exact probability of keeping an element: 1 - p in steps of 2**-31, not 0."""
+    """Return the exact probability of keeping an element: 1 - p in steps of 2**-31, never 0."""
     return _kept(p) / DRAWS
 
 
@@ -60,10 +59,11 @@ def keep_mask(key: Tensor, shape: tuple[int, ...], p: float, *, start: int = 0) 
 
 
 def scaled_mask(key: Tensor, shape: tuple[int, ...], p: float, *, start: int = 0) -> Tensor:
-    """Draw what dropout multiplies by: (B, *shape) float32, 1 / keep_rate(p) where it keeps, or 0.
+    """Draw the factors of dropout: (B, *shape) float32, 1 / keep_rate(p) where kept, else 0.
 
-    Arguments as `keep_mask`. The comparison with the rate leaves all bits set or none, and those
-    of the scale remain: integer operations in one buffer, a third of the time of going by bool.
+    Arguments as `keep_mask`. The comparison with the rate sets all bits or none, which are then
+    masked with the bits of the scale: integer operations in one buffer, a third of the time of
+    converting through bool.
     """
     words = _hash(key, start, math.prod(shape))
     below = (words >> 1).sub_(_kept(p) - DRAWS // 2).bitwise_right_shift_(31)  # -1 keeps, 0 drops
@@ -84,9 +84,8 @@ def _hash(key: Tensor, start: int, n: int) -> Tensor:
     """Hash the counters from `start` under keys (B, 2): (B, n) int32 words.
 
     The multipliers and the second shift are those of C. Wellons' `lowbias32`, with half of the key
-    before and half of it between the two rounds: a key at the front alone would give every key the
-    same words in another order. What `lowbias32` does beside that mends the low bits, which are
-    not used.
+    before and half between the two rounds: a key used only at the start would give every key the
+    same words in another order. The rest of `lowbias32` improves only the low bits, unused here.
     """
     words = torch.arange(start, start + n, dtype=torch.int32, device=key.device) ^ key[:, :1]
     words.mul_(0x7FEB352D).bitwise_xor_(key[:, 1:])

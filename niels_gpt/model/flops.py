@@ -1,7 +1,7 @@
-"""What a config costs: parameters and floating point operations. Arithmetic only.
+"""The cost of a config: parameters and floating point operations. Arithmetic only.
 
-A multiply-add counts as two operations, and only matrix products count: on the sizes this trainer
-is made for, everything else is bounded by memory. The backward pass costs twice the forward pass.
+A multiply-add counts as two operations, and only matrix products count: at the sizes this trainer
+is made for, everything else is bound by memory. The backward pass costs twice the forward pass.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def forward_flops(
 ) -> int:
     """Count the operations of one forward pass over B rows of T bytes (default `cfg.T`).
 
-    With `exact_causal` position t attends to t + 1 positions, the least that the model needs;
-    without, to all T, what an attention that computes the masked half too has to do.
+    With `exact_causal`, position t attends to t + 1 positions, the minimum; otherwise to all T, as
+    in an attention that also computes the masked half.
     """
     T = cfg.T if T is None else T
     attended = T * (T + 1) // 2 if exact_causal else T * T

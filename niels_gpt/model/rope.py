@@ -19,14 +19,14 @@ def rope_cache(
 ) -> tuple[Tensor, Tensor]:
     """Tabulate sin and cos of `angle[pos, i] = pos * theta ** (-2i/D)`, each (1, 1, T, D//2).
 
-    The T positions begin at `start`. Angles are computed in float32, in float64 only for tables of
-    that (MPS has none), and then cast to `dtype`.
+    The T positions begin at `start`. Angles are computed in float32 and cast to `dtype`; only
+    float64 tables are computed in float64, which MPS lacks.
 
     Raises:
         ValueError: if D is odd.
     """
     if D % 2:
-        raise ValueError(f"rotary embedding pairs neighbours, so D must be even, got D={D}")
+        raise ValueError(f"D must be even, because rotary embedding pairs neighbours, got D={D}")
     dtype = dtype or torch.float32
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     inv_freq = torch.tensor(
@@ -55,10 +55,10 @@ def apply_rope(q: Tensor, k: Tensor, sin: Tensor, cos: Tensor) -> tuple[Tensor, 
 
 
 def _pair_matrices(D: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what repeats an angle for both of its pair, (D/2, D), and a quarter turn, (D, D).
+    """Return the matrices that repeat each angle for its pair, (D/2, D), and turn pairs, (D, D).
 
-    The quarter turn maps each pair (a, b) to (-b, a). Products with zeros and ones are exact, since
-    each sum has one term, and faster than reading and writing every other element.
+    The turn maps each pair (a, b) to (-b, a). Products with zeros and ones are exact, because each
+    sum has one term, and faster than strided reads and writes.
     """
     even, odd = torch.eye(D, dtype=like.dtype, device=like.device).view(D // 2, 2, D).unbind(1)
     return even + odd, torch.stack((odd, -even), dim=1).view(D, D)

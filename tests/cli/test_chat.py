@@ -38,12 +38,12 @@ def test_lines_from_a_pipe_are_messages(ckpt):
     result = chat(ckpt, stdin="Hi\n\n/reset\nHi\n/exit\nnever\n")
     assert result.exit_code == 0, result.output
     assert result.stdout == chat(ckpt, "--message", "Hi").stdout * 2
-    assert result.stderr == "note: forgotten\n"
+    assert result.stderr == "note: conversation forgotten\n"
 
 
 def test_what_is_left_out_is_told_on_stderr(ckpt):
     result = chat(ckpt, "--message", "a" * 100)
-    assert "note: the context of 64 bytes is full: of the last turn only" in result.stderr
+    assert "note: the context of 64 bytes is full: only the last 54 of" in result.stderr
 
 
 def test_text_that_is_not_utf8_is_no_obstacle(ckpt):

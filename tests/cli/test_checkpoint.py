@@ -206,13 +206,13 @@ def test_export_replaces_nothing_unless_told(niels, checkpoint, tmp_path):
     (tmp_path / "m.json").write_text("mine")
     refused = niels("checkpoint", "export", checkpoint, "m.safetensors")
     assert refused.exit_code == 2
-    assert "m.json: already there; --force replaces it" in refused.stderr
+    assert "m.json: exists already; --force replaces it" in refused.stderr
     assert (tmp_path / "m.json").read_text() == "mine"
     assert not (tmp_path / "m.safetensors").exists()
     assert niels("checkpoint", "export", checkpoint, "m.safetensors", "--force").exit_code == 0
     assert (tmp_path / "m.json").read_text() != "mine"
     other = niels("checkpoint", "export", checkpoint, "model.bin")
-    assert (other.exit_code, "has to end in .safetensors" in other.stderr) == (2, True)
+    assert (other.exit_code, "must end in .safetensors" in other.stderr) == (2, True)
 
 
 def test_the_example_computes_the_same_logits(niels, checkpoint, tmp_path):

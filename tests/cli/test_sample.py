@@ -124,7 +124,7 @@ def test_no_bytes_are_a_legal_number_of_bytes(ckpt):
         (["--temperature", "nan"], "temperature must be finite and 0 or more, got nan"),
         (["--top-k", "0"], "top_k must be 1 or more, got 0"),
         (["--top-p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
-        (["--device", "tpu"], "device 'tpu' is not known"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
         (["--max-bytes", "-1"], "--max-bytes"),
         (["-n", "0"], "-n"),
         (["--seed", "x"], "--seed"),

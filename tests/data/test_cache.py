@@ -46,7 +46,7 @@ def test_damage_is_never_served(cached, name, data):
     (cached / name).write_bytes(whole[:start] + patch + whole[end:])
     assert read(cached) in (None, STREAM)
     if name == "s.bin" and whole[:start] + patch + whole[end:] != whole:
-        with pytest.raises(DamagedCacheError, match=r"s\.bin does not have the length"):
+        with pytest.raises(DamagedCacheError, match=r"s\.bin does not match the length"):
             read_stream(cached, "s", INPUTS)
     (cached / name).write_bytes(whole)
     assert read(cached) == STREAM

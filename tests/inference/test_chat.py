@@ -144,7 +144,7 @@ def test_it_is_said_what_was_left_out():
         "the context of 64 bytes is full: the oldest 2 of 3 messages are left out"
     ]
     assert context_notes([turn("user", "c" * 100)], 64) == [
-        "the context of 64 bytes is full: of the last turn only 54 of 118 bytes are seen"
+        "the context of 64 bytes is full: only the last 54 of 118 bytes of the last turn are seen"
     ]
 
 
