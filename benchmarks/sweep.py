@@ -14,14 +14,13 @@ import torch
 from benchmarks.timing import describe_machine, median_seconds
 from niels_gpt import ModelConfig, TrainConfig, make_state
 from niels_gpt.analysis import sweep
-from niels_gpt.analysis.replay import advance
+from niels_gpt.corpus import Corpus, advance
 from niels_gpt.device import keep_freed_memory
-from niels_gpt.run.plan import Text
 
 WIDTHS = (32, 64, 128, 256)
 MEMBERS = (2, 4, 8)
 STREAM = bytes(i * i // 7 % 251 for i in range(100_000))
-TEXT = Text({"wiki": STREAM}, {"wiki": STREAM}, {"wiki": 1.0}, [])
+TEXT = Corpus({"wiki": STREAM}, {"wiki": STREAM}, {"wiki": 1.0}, seed=42, B=16, T=128)
 
 
 @click.command()

@@ -59,7 +59,7 @@ def main(**given: Any) -> None:
         configs = load_config_from_json(find_config(options.config), options.overrides)
         plan, console = make_plan(*configs, options), Console()
     dist.init_process_group("gloo")
-    same = hashlib.sha256(repr((configs, plan.sources, plan.state.step)).encode()).digest()
+    same = hashlib.sha256(repr((configs, plan.corpus.record, plan.state.step)).encode()).digest()
     of_all = torch.tensor(list(same))
     dist.all_reduce(of_all, dist.ReduceOp.MAX)
     if bytes(of_all.tolist()) != same or configs[1].B % dist.get_world_size():

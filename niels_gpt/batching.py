@@ -32,19 +32,31 @@ def get_batch(
     Raises ValueError for names that differ between `p` and `sources`, probabilities that are
     negative or do not sum to 1 (within 1e-6), and streams shorter than T + 1.
     """
+    windows = bytearray()
+    for name, start in draw_rows(sources, p=p, B=B, T=T, generator=generator):
+        windows += sources[name][start : start + T + 1]
+    ids = torch.frombuffer(windows, dtype=torch.uint8).view(B, T + 1).to(device)  # (B, T+1)
+    return ids[:, :-1].to(torch.int64).contiguous(), ids[:, 1:].to(torch.int64).contiguous()
+
+
+def draw_rows(
+    sources: Mapping[str, bytes],
+    *,
+    p: Mapping[str, float],
+    B: int,
+    T: int,
+    generator: torch.Generator | None = None,
+) -> list[tuple[str, int]]:
+    """Return the source and the start of each row of the batch that `get_batch` would cut."""
     names = sorted(p)
     _check(sources, p, B, T)
     weights = torch.tensor([p[name] for name in names], dtype=torch.float32)
     rows = torch.multinomial(weights, B, replacement=True, generator=generator).tolist()
     draws = torch.randint(_START_RANGE, (B,), generator=generator).tolist()
-
-    windows = bytearray()
-    for row, draw in zip(rows, draws, strict=True):
-        stream = sources[names[row]]
-        start = draw % (len(stream) - T)
-        windows += stream[start : start + T + 1]
-    ids = torch.frombuffer(windows, dtype=torch.uint8).view(B, T + 1).to(device)  # (B, T+1)
-    return ids[:, :-1].to(torch.int64).contiguous(), ids[:, 1:].to(torch.int64).contiguous()
+    return [
+        (names[row], draw % (len(sources[names[row]]) - T))
+        for row, draw in zip(rows, draws, strict=True)
+    ]
 
 
 def renormalise(p: Mapping[str, float], available: Collection[str]) -> dict[str, float]:

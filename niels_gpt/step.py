@@ -21,6 +21,7 @@ from niels_gpt.state import TrainState
 GradientFunction = Callable[
     [dict[str, Tensor], Batch, ModelConfig, Tensor | None], tuple[dict[str, Tensor], Tensor]
 ]
+StepFunction = Callable[[TrainState, Batch, float], tuple[TrainState, dict[str, Tensor]]]
 UpdateFunction = Callable[..., tuple[Tree, Tree, Tree, Tensor]]  # as `optim.update`
 
 

@@ -5,7 +5,7 @@ dict that names every input, and a function that makes the two. The cache serves
 recorded inputs equal the recipe's; otherwise both are built, and cached.
 
 Nothing here prints. What the user should know lies in the returned dicts: `missing` (source ->
-why it was left out), `notes` (sentences), and `describe_sources` for origin, size and digest.
+why it was left out), `messages` (sentences), and `describe_sources` for origin, size and digest.
 """
 
 import os
@@ -78,6 +78,13 @@ class SourceInfo(NamedTuple):
     nbytes: int
     sha256: str
 
+    def __str__(self) -> str:
+        return f"{self.origin}, {self.nbytes:,} bytes, sha256 {self.sha256[:12]}"
+
+    def record(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of it."""
+        return {"origin": self.origin, "bytes": self.nbytes, "sha256": self.sha256}
+
 
 class Built(NamedTuple):
     """A stream and what is known of it."""
@@ -89,16 +96,20 @@ class Built(NamedTuple):
 class Sources(dict[str, bytes]):
     """Streams by source name, with what is known of them beside.
 
-    `missing` says why an enabled source is absent, `notes` are sentences for the user.
+    `missing` says why an enabled source is absent, `messages` are sentences for the user.
     """
 
     def __init__(
-        self, built: Mapping[str, Built], missing: Mapping[str, str], notes: Iterable[str]
+        self, built: Mapping[str, Built], missing: Mapping[str, str], messages: Iterable[str]
     ) -> None:
         super().__init__({name: b.stream for name, b in built.items()})
         self.built = dict(built)
         self.missing = dict(missing)
-        self.notes = list(notes)
+        self.messages = list(messages)
+
+    def left_out(self) -> list[str]:
+        """Say of each absent source why."""
+        return [f"{name}: left out ({why})" for name, why in self.missing.items()]
 
 
 class Recipe(NamedTuple):
@@ -159,11 +170,11 @@ def build_sources(cfg: StreamBuildConfig | None = None) -> tuple[Sources, Source
     train: dict[str, Built] = {}
     val: dict[str, Built] = {}
     missing: dict[str, str] = {}
-    notes: list[str] = []
+    messages: list[str] = []
     for source in cfg.enabled_sources:
         required = source in cfg.required_sources
         try:
-            built_train, built_val = _BUILDERS[source](cfg, notes)
+            built_train, built_val = _BUILDERS[source](cfg, messages)
             if required and not built_val.stream:
                 raise Unavailable("its validation split would be empty: too few documents")
         except (Unavailable, OSError) as why:
@@ -175,11 +186,11 @@ def build_sources(cfg: StreamBuildConfig | None = None) -> tuple[Sources, Source
         if required or len(built_val.stream) > cfg.T:
             val[source] = _long_enough(built_val, source, "val", cfg.T)
         else:
-            notes.append(
+            messages.append(
                 f"{source}: its validation split has {len(built_val.stream)} bytes, fewer than "
                 f"T+1={cfg.T + 1}, so it is used for training only"
             )
-    return Sources(train, missing, notes), Sources(val, missing, notes)
+    return Sources(train, missing, messages), Sources(val, missing, messages)
 
 
 def build_train_val_sources(
@@ -214,12 +225,12 @@ def fetch_wikitext(cfg: StreamBuildConfig | None = None) -> tuple[Sources, Sourc
     RuntimeError says why it cannot be had.
     """
     cfg = cfg or StreamBuildConfig()
-    notes: list[str] = []
+    messages: list[str] = []
     try:
-        train, val = _make(_wikitext_recipe(cfg), cfg, notes)
+        train, val = _make(_wikitext_recipe(cfg), cfg, messages)
     except Unavailable as why:
         raise RuntimeError(f"{WIKITEXT} cannot be had: {why}") from why
-    return Sources({"wiki": train}, {}, notes), Sources({"wiki": val}, {}, notes)
+    return Sources({"wiki": train}, {}, messages), Sources({"wiki": val}, {}, messages)
 
 
 def describe_sources(sources: Mapping[str, bytes]) -> dict[str, SourceInfo]:
@@ -239,7 +250,7 @@ def _describe(sources: Mapping[str, bytes], name: str) -> SourceInfo:
 def _only(sources: dict[str, bytes], names: Collection[str]) -> dict[str, bytes]:
     if isinstance(sources, Sources):
         built = {name: b for name, b in sources.built.items() if name in names}
-        return Sources(built, sources.missing, sources.notes)
+        return Sources(built, sources.missing, sources.messages)
     return {name: stream for name, stream in sources.items() if name in names}
 
 
@@ -269,31 +280,31 @@ def _long_enough(built: Built, source: str, split: str, T: int) -> Built:
 # --- one source --------------------------------------------------------------------------------
 
 
-def _build_wiki(cfg: StreamBuildConfig, notes: list[str]) -> tuple[Built, Built]:
+def _build_wiki(cfg: StreamBuildConfig, messages: list[str]) -> tuple[Built, Built]:
     folder = Path(cfg.wiki_root) if cfg.wiki_root is not None else _default_wiki_folder()
     if folder is not None:
-        return _make(_folder_recipe(folder), cfg, notes)
+        return _make(_folder_recipe(folder), cfg, messages)
     try:
-        return _make(_wikitext_recipe(cfg), cfg, notes)
+        return _make(_wikitext_recipe(cfg), cfg, messages)
     except Unavailable as why:
         if not cfg.wiki_fallback:
             raise Unavailable(f"{why}. Or give a folder with train.txt and val.txt") from why
-        built = _make(_python_docs_recipe(cfg), cfg, notes)
-        notes.append(
+        built = _make(_python_docs_recipe(cfg), cfg, messages)
+        messages.append(
             f"wiki: the embedded default is used, the {built[0].info.origin}. For Wikipedia give "
             f"--wiki DIR, or make WikiText-103 available: {why}"
         )
         return built
 
 
-def _build_roam(cfg: StreamBuildConfig, notes: list[str]) -> tuple[Built, Built]:
+def _build_roam(cfg: StreamBuildConfig, messages: list[str]) -> tuple[Built, Built]:
     root = Path(os.path.abspath(cfg.roam_root))
     found, skipped = scan_notes(root)
     if not found:
         no_folder = "" if root.is_dir() else ", which is no folder"
         raise Unavailable(f"no notes (*.md) under {root}{no_folder}")
     if lost := [s for s in skipped if s.reason not in SKIPPED_BY_DESIGN]:
-        notes.append(f"roam: {len(lost)} left out, the first {lost[0].path}: {lost[0].reason}")
+        messages.append(f"roam: {len(lost)} left out, the first {lost[0].path}: {lost[0].reason}")
 
     def build() -> tuple[bytes, bytes]:
         train, val = split_roam_paths(found, val_frac=cfg.roam_val_frac, seed=cfg.seed, root=root)
@@ -308,10 +319,10 @@ def _build_roam(cfg: StreamBuildConfig, notes: list[str]) -> tuple[Built, Built]
         "seed": cfg.seed,
         "val_frac": cfg.roam_val_frac,
     }
-    return _make(Recipe("roam", "notes", str(root), inputs, build), cfg, notes)
+    return _make(Recipe("roam", "notes", str(root), inputs, build), cfg, messages)
 
 
-def _build_primer(cfg: StreamBuildConfig, notes: list[str]) -> tuple[Built, Built]:
+def _build_primer(cfg: StreamBuildConfig, messages: list[str]) -> tuple[Built, Built]:
     path = Path(os.path.abspath(cfg.primer_path))
     if not path.is_file():
         raise Unavailable(f"no primer file at {path}")
@@ -332,7 +343,7 @@ def _build_primer(cfg: StreamBuildConfig, notes: list[str]) -> tuple[Built, Buil
         "seed": cfg.seed,
         "val_frac": cfg.primer_val_frac,
     }
-    return _make(Recipe("primer", "primer", str(path), inputs, build), cfg, notes)
+    return _make(Recipe("primer", "primer", str(path), inputs, build), cfg, messages)
 
 
 _BUILDERS: dict[str, Callable[[StreamBuildConfig, list[str]], tuple[Built, Built]]] = {
@@ -398,17 +409,17 @@ def _stamps(files: Iterable[Path]) -> list[dict[str, Any]]:
 # --- from a recipe to streams ------------------------------------------------------------------
 
 
-def _make(recipe: Recipe, cfg: StreamBuildConfig, notes: list[str]) -> tuple[Built, Built]:
+def _make(recipe: Recipe, cfg: StreamBuildConfig, messages: list[str]) -> tuple[Built, Built]:
     """Take both streams from the cache, or build them and cache them where that is possible."""
     folder = paths.REPO_ROOT / cfg.cache_dir
-    streams = None if cfg.force_rebuild else _cached(folder, recipe, notes)
+    streams = None if cfg.force_rebuild else _cached(folder, recipe, messages)
     if streams is None:
         train, val = recipe.build()
         if not train:
             raise Unavailable(f"there is no text in it ({recipe.place or recipe.origin})")
         streams = cache.digest(train), cache.digest(val)
         if cfg.write_cache and not _is_kept(folder, recipe):
-            _write(folder, recipe, streams, notes)
+            _write(folder, recipe, streams, messages)
     train_stream, val_stream = streams
     return _built(recipe, train_stream), _built(recipe, val_stream)
 
@@ -419,13 +430,13 @@ def _built(recipe: Recipe, stream: cache.Stream) -> Built:
 
 
 def _cached(
-    folder: Path, recipe: Recipe, notes: list[str]
+    folder: Path, recipe: Recipe, messages: list[str]
 ) -> tuple[cache.Stream, cache.Stream] | None:
     try:
         train = cache.read_stream(folder, f"{recipe.source}_train", recipe.meta("train"))
         val = cache.read_stream(folder, f"{recipe.source}_val", recipe.meta("val"))
     except cache.DamagedCacheError as damage:
-        notes.append(f"cache: {damage}, so it is built again")
+        messages.append(f"cache: {damage}, so it is built again")
         return None
     return None if train is None or val is None else (train, val)
 
@@ -441,7 +452,7 @@ def _write(
     folder: Path,
     recipe: Recipe,
     streams: tuple[cache.Stream, cache.Stream],
-    notes: list[str],
+    messages: list[str],
 ) -> None:
     items = [
         (f"{recipe.source}_{split}", recipe.meta(split), stream)
@@ -450,4 +461,4 @@ def _write(
     try:
         cache.write_streams(folder, items)
     except OSError as error:
-        notes.append(f"cache: {error}; without it the streams are built anew each time")
+        messages.append(f"cache: {error}; without it the streams are built anew each time")

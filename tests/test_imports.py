@@ -19,7 +19,7 @@ MODEL = "model.dropout model.flops model.rope model.blocks model.gpt model"
 CORE = "optim loss state batching step eval"
 DATA = "data.split data.roam data.primer data.wikitext data.python_docs data"
 FILES = "files files.durable files.torchfile files.schema"
-LOOP = "data.cache streams checkpoint run run.stop run.loop"
+LOOP = "data.cache streams corpus checkpoint run run.stop run.loop"
 ORDER = f"{LEAVES} {MODEL} {CORE} {DATA} {FILES} {LOOP}".split()
 ENTRIES = {"train", "cli", "__main__"}  # on top of everything that is not named above
 

@@ -175,11 +175,11 @@ def test_a_note_in_a_new_folder_leaves_the_split_of_the_others_alone(home):
 
 def test_left_out_notes_are_told_except_those_left_out_by_design(home):
     (home / "notes/.obsidian").mkdir()
-    assert build_sources(config(home))[0].notes == []
+    assert build_sources(config(home))[0].messages == []
     (home / "notes/gone.md").symlink_to(home / "nowhere")
     train, val = build_sources(config(home))
-    assert train.notes == val.notes
-    assert "gone.md: No such file" in train.notes[0]
+    assert train.messages == val.messages
+    assert "gone.md: No such file" in train.messages[0]
 
 
 # --- where the wiki text comes from ------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_no_other_text_replaces_a_cached_wikitext(home, monkeypatch, other):
 
 def test_the_default_is_told_in_one_line_with_the_way_to_the_real_thing(home):
     train, _ = build_sources(wiki_only(home, wiki_fallback=True))
-    (note,) = train.notes
+    (note,) = train.messages
     assert note.startswith("wiki: the embedded default is used, the Python 3")
     assert "--wiki DIR" in note
     assert note.endswith("no network")
@@ -369,8 +369,8 @@ def test_a_damaged_stream_is_told(home):
     build_sources(config(home))
     DAMAGES["a bit"](cache_files(home)["roam_val.bin"], bytes(9))
     train, _ = build_sources(config(home))
-    assert len(train.notes) == 1
-    assert "roam_val.bin does not have the length and digest" in train.notes[0]
+    assert len(train.messages) == 1
+    assert "roam_val.bin does not have the length and digest" in train.messages[0]
 
 
 def a_file_for_the_folder(cache_dir):
@@ -394,8 +394,8 @@ def test_an_unwritable_cache_is_told_and_done_without(home, obstruct):
     for _ in range(2):
         train, val = build_sources(config(home))
         assert (train, val) == build_sources(config(home, cache_dir="elsewhere"))
-        assert train.notes[0].startswith("cache: [Errno")
-        assert str(home / "data/cache/streams") in train.notes[0]
+        assert train.messages[0].startswith("cache: [Errno")
+        assert str(home / "data/cache/streams") in train.messages[0]
 
 
 def test_the_cache_can_be_left_as_it_is(home):
@@ -415,7 +415,7 @@ def test_processes_that_build_one_cache_at_once_do_no_harm(home):
         "cfg = StreamBuildConfig(roam_root=root/'notes', primer_path=root/'primer.txt',"
         "  wiki_root=root/'wiki', T=8, cache_dir=root/'data/cache/streams', force_rebuild=True);"
         "built = [build_sources(cfg) for _ in range(5)][-1];"
-        "print([d[s].sha256 for d in map(describe_sources, built) for s in d], built[0].notes)"
+        "print([d[s].sha256 for d in map(describe_sources, built) for s in d], built[0].messages)"
     )
     command = [sys.executable, "-c", code, str(home)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -427,7 +427,7 @@ def test_processes_that_build_one_cache_at_once_do_no_harm(home):
     infos = [i for half in build_sources(config(home)) for i in describe_sources(half).values()]
     assert outputs == {f"{[info.sha256 for info in infos]} []\n"}
     before = stamps(home)
-    assert build_sources(config(home))[0].notes == []
+    assert build_sources(config(home))[0].messages == []
     assert stamps(home) == before
     assert len(before) == 12
 
@@ -516,7 +516,7 @@ def test_a_source_that_is_not_required_may_have_no_validation_text(home):
     train, val = build_sources(config(home, required_sources=("wiki",)))
     assert "primer" in train
     assert "primer" not in val
-    assert "primer: its validation split has 0 bytes" in train.notes[0]
+    assert "primer: its validation split has 0 bytes" in train.messages[0]
 
 
 @pytest.mark.parametrize(
@@ -558,7 +558,7 @@ def test_the_defaults_are_the_roots_own_folders(home, monkeypatch):
     train, val = build_train_val_sources(MODEL, TrainConfig())
     assert tuple(train) == tuple(val) == NAMES
     assert describe_sources(train)["wiki"].origin.startswith("Python")
-    assert [note[:5] for note in train.notes] == ["wiki:"]
+    assert [message[:5] for message in train.messages] == ["wiki:"]
 
 
 def test_a_run_goes_without_notes_and_says_so(home):
@@ -641,4 +641,4 @@ def test_real_wiki_and_notes_come_through_whole(home):
         train, val = build_train_val_sources(ModelConfig(T=8), TrainConfig(), build_cfg=cfg)
         assert train["wiki"] == (SHARED / "wiki/train.txt").read_bytes()
         assert len(train["roam"]) > 8 * len(val["roam"]) > 0
-        assert train.notes == []
+        assert train.messages == []

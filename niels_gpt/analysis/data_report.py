@@ -60,7 +60,7 @@ def _look(name: str, cfg: StreamBuildConfig) -> Source:
         return Source(name, str(error), "", "", None, {}, left_out, [], [])
     if name not in train:
         problem = train.missing[name]
-        return Source(name, problem, "", "", None, {}, left_out, [], train.notes + others)
+        return Source(name, problem, "", "", None, {}, left_out, [], train.messages + others)
     documents = _documents(name, cfg, found, {"train": train, "val": val})
     splits = {
         split: _split(cfg, name, split, streams.describe_sources(sources)[name], documents)
@@ -77,7 +77,7 @@ def _look(name: str, cfg: StreamBuildConfig) -> Source:
         splits=splits,
         left_out=left_out,
         altered=altered(found),
-        notes=train.notes + others,
+        notes=train.messages + others,
     )
 
 

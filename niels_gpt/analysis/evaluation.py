@@ -20,7 +20,7 @@ from niels_gpt.files.schema import Payload
 from niels_gpt.inference.load import load_model
 from niels_gpt.record import kept_sources
 from niels_gpt.state import TrainState
-from niels_gpt.streams import SourceInfo, StreamBuildConfig
+from niels_gpt.streams import Built, SourceInfo, Sources, StreamBuildConfig
 
 FILE = "file"  # the origin of a text that is no source
 
@@ -39,14 +39,6 @@ class Full(NamedTuple):
     rows: int | None = None
 
 
-class Text(NamedTuple):
-    """Streams to score by name, what is known of each, and what the user should know."""
-
-    streams: Mapping[str, bytes]
-    infos: dict[str, SourceInfo]
-    notes: list[str]
-
-
 class Report(NamedTuple):
     """What was scored, how, and the outcome by name of the stream."""
 
@@ -54,10 +46,10 @@ class Report(NamedTuple):
     method: dict[str, Any]
     scores: dict[str, Score]
     infos: dict[str, SourceInfo]
-    notes: list[str]
+    messages: list[str]
 
 
-OpenText = Callable[[TrainState], Text]
+OpenText = Callable[[TrainState], Sources]
 OnProgress = Callable[[str, int, int], object]  # told the stream, its bytes scored, bytes in all
 
 
@@ -74,7 +66,7 @@ def evaluate_checkpoint(
     Raises:
         OSError, ValueError, RuntimeError: with what is wrong with the checkpoint, text or method.
     """
-    state, payload, notes = open_model(path, device)
+    state, payload, messages = open_model(path, device)
     if isinstance(method, Sampled):
         cfg = state.train_cfg
         steps = cfg.eval_steps if method.eval_steps is None else method.eval_steps
@@ -88,27 +80,30 @@ def evaluate_checkpoint(
         _check_lengths(text, state.model_cfg.T)
     scores = {
         name: score(_told(windows(state, stream, method), name, total, on_progress))
-        for name, stream in text.streams.items()
+        for name, stream in text.items()
         if (total := bytes_to_score(state, stream, method))
     }
-    notes += text.notes + changed_texts(payload, text.infos)
-    return Report(state.step, describe_method(method), scores, text.infos, notes)
+    infos = streams.describe_sources(text)
+    messages += text.messages + text.left_out() + changed_texts(payload, infos)
+    return Report(state.step, describe_method(method), scores, infos, messages)
 
 
 def open_model(path: Path, device: str) -> tuple[TrainState, Payload, list[str]]:
-    """Return the model of a checkpoint as a state without moments, all of the file, and notes.
+    """Return the model of a checkpoint as a state without moments, all of the file, and messages.
 
     Raises:
         FileNotFoundError, ValueError: as `load_model`.
     """
     cfg, params, payload = load_model(path, device)
-    notes = []
+    messages = []
     try:
         _, train_cfg = config_from_dict({"train": payload["train_cfg"]}, where="train_cfg")
     except ValueError:
         train_cfg = TrainConfig()
-        notes.append("train_cfg is another program's: batch size, steps and seed are the defaults")
-    return TrainState(params, {}, {}, payload["step"], cfg, train_cfg), payload, notes
+        messages.append(
+            "train_cfg is another program's: batch size, steps and seed are the defaults"
+        )
+    return TrainState(params, {}, {}, payload["step"], cfg, train_cfg), payload, messages
 
 
 def windows(state: TrainState, stream: bytes, method: Sampled | Full) -> Iterator[Window]:
@@ -136,7 +131,7 @@ def describe_method(method: Sampled | Full) -> dict[str, Any]:
 # --- text --------------------------------------------------------------------------------------
 
 
-def open_file(path: Path) -> Text:
+def open_file(path: Path) -> Sources:
     """Return the bytes of a file, as they are.
 
     Raises:
@@ -147,7 +142,7 @@ def open_file(path: Path) -> Text:
     if not data:
         raise ValueError(f"{path}: the file is empty")
     info = SourceInfo(FILE, str(path), len(data), digest(data).sha256)
-    return Text({path.name: data}, {path.name: info}, [])
+    return Sources({path.name: Built(data, info)}, {}, [])
 
 
 def open_validation(
@@ -156,7 +151,7 @@ def open_validation(
     model_T: int,
     seed: int,
     given: Iterable[str] = (),
-) -> Text:
+) -> Sources:
     """Return the validation streams of the named sources, or of all that there are.
 
     They are split as a training with this seed splits them.
@@ -180,15 +175,14 @@ def open_validation(
     for name in given:
         if name in val.missing:
             raise RuntimeError(f"source {name!r} cannot be built: {val.missing[name]}")
-    missing = [f"{name}: left out ({why})" for name, why in val.missing.items()]
-    return Text(val, streams.describe_sources(val), val.notes + missing)
+    return val
 
 
-def _check_lengths(text: Text, T: int) -> None:
-    for name, stream in text.streams.items():
+def _check_lengths(text: Sources, T: int) -> None:
+    for name, (stream, info) in text.built.items():
         if len(stream) <= T:
             raise ValueError(
-                f"{text.infos[name].place or name}: {len(stream)} bytes, shorter than T+1={T + 1}, "
+                f"{info.place or name}: {len(stream)} bytes, shorter than T+1={T + 1}, "
                 "the length of a sample; --full scores every byte of it"
             )
 

@@ -4,17 +4,18 @@ Shapes: n rows, T positions, S dropout sites.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from niels_gpt.config import ModelConfig
+from niels_gpt.corpus import Corpus
 from niels_gpt.loss import Batch, Tree, gradients, row_slopes
 from niels_gpt.optim import global_norm
 from niels_gpt.state import TrainState
-from niels_gpt.step import batch_of_step, dropout_of_step
+from niels_gpt.step import dropout_of_step
 
 Z95 = 1.959964  # a normal variable lies within this many standard deviations with probability 0.95
 
@@ -32,18 +33,13 @@ class NoiseScale(NamedTuple):
     variance: float  # tr(Sigma), without bias
 
 
-def next_rows(
-    state: TrainState, sources: Mapping[str, bytes], p: Mapping[str, float], batches: int
-) -> tuple[Batch, Tensor | None]:
-    """Return the rows of the next batches of a run as one batch, and their dropout keys."""
+def next_rows(state: TrainState, corpus: Corpus, n: int) -> tuple[Batch, Tensor | None]:
+    """Return the rows of the next n batches of a run as one batch, and their dropout keys."""
     model_cfg, cfg = state.model_cfg, state.train_cfg
-    steps = range(state.step, state.step + batches)
+    steps = range(state.step, state.step + n)
     device = state.params["tok_emb.weight"].device
-    xy = [
-        batch_of_step(cfg.seed, k, sources, p=p, B=cfg.B, T=model_cfg.T, device=device)
-        for k in steps
-    ]
-    x, y = (torch.cat(parts) for parts in zip(*xy, strict=True))
+    batches = (corpus.batch(k, device) for k in steps)
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if not model_cfg.dropout:
         return (x, y), None
     keys = [dropout_of_step(cfg.seed, k, range(cfg.B), model_cfg, device) for k in steps]

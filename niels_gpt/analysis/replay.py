@@ -16,56 +16,29 @@ from torch.func import functional_call
 
 from niels_gpt.checkpoint import METRICS, load_checkpoint, load_state, own_files, state_from_payload
 from niels_gpt.config import ModelConfig
+from niels_gpt.corpus import Corpus, advance, next_batch, open_corpus
 from niels_gpt.files.schema import Payload
 from niels_gpt.files.torchfile import CheckpointError
-from niels_gpt.loss import Batch, Tree, gradients, row_blocks, row_losses
+from niels_gpt.loss import Tree, gradients, row_blocks, row_losses
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.model.gpt import GPT
 from niels_gpt.optim import clip_by_global_norm
 from niels_gpt.record import kept_environment
-from niels_gpt.run.compile import StepFunction, compile_step
+from niels_gpt.run.compile import compile_step
 from niels_gpt.run.metrics import Record, read_metrics
-from niels_gpt.run.plan import (
-    Text,
-    data_changes,
-    describe,
-    describe_environment,
-    environment_changes,
-    open_text,
-)
+from niels_gpt.run.plan import data_changes, describe_environment, environment_changes
 from niels_gpt.state import TrainState, make_state
-from niels_gpt.step import batch_of_step, dropout_of_step, train_step
+from niels_gpt.step import StepFunction, dropout_of_step, train_step
 from niels_gpt.streams import StreamBuildConfig
-from niels_gpt.tokenizer import decode
 
 _PERIODIC = re.compile(r"step_([0-9]{7,})\.pt")
 
 OnStep = Callable[[int], object]  # told the number of finished updates
 
 
-def advance(
-    state: TrainState, text: Text, step: StepFunction = train_step
-) -> tuple[TrainState, dict[str, Tensor]]:
-    """Take the next step of a run, as the training loop does."""
-    return step(state, next_batch(state, text), lr_of_step(state.step, state.train_cfg))
-
-
 def step_of(payload: Payload) -> StepFunction:
     """Return the step that a run was trained with: compiled, if the checkpoint says so."""
     return compile_step() if payload.get("environment", {}).get("compile") else train_step
-
-
-def next_batch(state: TrainState, text: Text) -> Batch:
-    """Draw the batch of the next step of a run."""
-    return batch_of_step(
-        state.train_cfg.seed,
-        state.step,
-        text.train,
-        p=text.p,
-        B=state.train_cfg.B,
-        T=state.model_cfg.T,
-        device=state.params["tok_emb.weight"].device,
-    )
 
 
 # --- two states, bit by bit --------------------------------------------------------------------
@@ -126,7 +99,7 @@ class Verdict(NamedTuple):
 
 def replay(
     state: TrainState,
-    text: Text,
+    corpus: Corpus,
     saved: Mapping[int, Path],
     logged: Mapping[int, Record],
     *,
@@ -142,7 +115,7 @@ def replay(
 
     Args:
         state: where to begin.
-        text: verified to be that of the run.
+        corpus: verified to be that of the run.
         saved: checkpoints of the run by step, none before `state`; the last is the target.
         logged: the train records of `metrics.jsonl` by step.
     """
@@ -164,7 +137,7 @@ def replay(
                 same, agreed, doubt = state.step, state.step, None
         if state.step == target:
             return Verdict(True, same, agreed, None, saved[target].name, [], notes)
-        state, metrics = advance(state, text, step)
+        state, metrics = advance(state, corpus, step)
         on_step(state.step)
         if doubt is None and state.step in logged:
             wrong = _unlike(metrics, logged[state.step])
@@ -222,39 +195,39 @@ def replay_files(
         for record in read_metrics(end.with_name(METRICS))
         if record.get("kind") == "train"
     }
-    text, notes = open_text_of(payload, end, there, sources)
+    corpus, messages = open_corpus_of(payload, end, there, sources)
     verdict = replay(
         state,
-        text,
+        corpus,
         {**saved, there.step: end},
         logged,
         step=step_of(payload),
         on_step=on_step,
     )
-    return verdict._replace(notes=notes + verdict.notes)
+    return verdict._replace(notes=messages + verdict.notes)
 
 
-def open_text_of(
+def open_corpus_of(
     payload: Payload, path: Path, state: TrainState, sources: StreamBuildConfig
-) -> tuple[Text, list[str]]:
-    """Open the text that a checkpoint was trained on, and use as many threads; return notes too.
+) -> tuple[Corpus, list[str]]:
+    """Open the text that a checkpoint was trained on, and use as many threads; return messages too.
 
     Raises:
         ValueError: if a stream does not have the digest that the checkpoint keeps.
     """
-    text = open_text(state.model_cfg, state.train_cfg, sources)
-    if changes := data_changes(payload, describe(text.train, text.val)):
+    corpus = open_corpus(state.model_cfg, state.train_cfg, sources)
+    if changes := data_changes(payload, corpus.record):
         lines = "".join(f"\n  {line}" for line in changes)
         raise ValueError(f"{path}: this is not the text that it was trained on:{lines}")
     environment = kept_environment(payload)
     torch.set_num_threads(environment.get("threads", torch.get_num_threads()))
     device = str(state.params["tok_emb.weight"].device)
-    notes = environment_changes(
+    messages = environment_changes(
         payload, describe_environment(device, environment.get("compile", False))
     )
     if "sources" not in payload:
-        notes.append(f"{path.name} keeps no digests: that the text is the same is not verified")
-    return text, [*text.notes, *notes]
+        messages.append(f"{path.name} keeps no digests: that the text is the same is not verified")
+    return corpus, [*corpus.messages, *messages]
 
 
 def _periodic(folder: Path) -> dict[int, Path]:
@@ -269,7 +242,7 @@ class Row(NamedTuple):
     """A row of a batch."""
 
     source: str
-    start: int  # the first place in the source at which these bytes stand
+    start: int  # the byte of the source that it begins at
     loss: float  # nats, mean over its positions, with the dropout of the step
     text: str
 
@@ -287,10 +260,10 @@ class StepView(NamedTuple):
     activations: dict[str, float]  # largest magnitude of each module's output, in calling order
 
 
-def view_step(state: TrainState, text: Text) -> StepView:
+def view_step(state: TrainState, corpus: Corpus) -> StepView:
     """Show the next step of a run without taking it."""
     params, cfg = state.params, state.model_cfg
-    batch = next_batch(state, text)
+    batch = next_batch(state, corpus)
     rows = range(len(batch[0]))
     drop = dropout_of_step(state.train_cfg.seed, state.step, rows, cfg, batch[0].device)
     grads, loss = gradients(params, batch, cfg, drop)
@@ -304,7 +277,10 @@ def view_step(state: TrainState, text: Text) -> StepView:
         loss=loss.item(),
         grad_norm=grad_norm.item(),
         clip=(state.train_cfg.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0).item(),
-        rows=[_row(text.train, *row) for row in zip(*batch, losses.tolist(), strict=True)],
+        rows=[
+            Row(row.source, row.start, loss, row.text)
+            for row, loss in zip(corpus.rows(state.step), losses.tolist(), strict=True)
+        ],
         grad_norms={name: g.norm().item() for name, g in grads.items()},
         activations=largest_activations(params, batch[0], cfg, drop),
     )
@@ -333,14 +309,6 @@ def largest_activations(
     return {name: torch.stack(values).amax().item() for name, values in largest.items()}
 
 
-def _row(sources: Mapping[str, bytes], x: Tensor, y: Tensor, loss: float) -> Row:
-    ids = torch.cat((x, y[-1:])).cpu()
-    window = bytes(ids.tolist())
-    starts = {name: stream.find(window) for name, stream in sources.items()}
-    source = next(name for name, start in starts.items() if start >= 0)
-    return Row(source, starts[source], loss, decode(ids))
-
-
 # --- from a folder -----------------------------------------------------------------------------
 
 
@@ -350,7 +318,7 @@ def view_files(
     """Show step `step` of the run of a checkpoint, or of a folder of them.
 
     It is reached from the nearest checkpoint before it, or from the initial state.
-    Returns the view, the name of where it began, and notes.
+    Returns the view, the name of where it began, and messages.
 
     Raises:
         ValueError, OSError: if there is no such step, no checkpoint, or the text is another.
@@ -365,12 +333,12 @@ def view_files(
         if not start.is_dir():
             raise ValueError(f"{path} has {state.step} updates behind it: step {step} is past")
         state, begin = make_state(state.model_cfg, state.train_cfg, device), "the initial state"
-    text, notes = open_text_of(payload, path, state, sources)
+    corpus, messages = open_corpus_of(payload, path, state, sources)
     update = step_of(payload)
     while state.step < step - 1:
-        state, _ = advance(state, text, update)
+        state, _ = advance(state, corpus, update)
         on_step(state.step)
-    return view_step(state, text), begin, notes
+    return view_step(state, corpus), begin, messages
 
 
 def _nearest(folder: Path, step: int) -> Path:

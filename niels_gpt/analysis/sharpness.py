@@ -4,7 +4,7 @@ Shapes: P parameters in all. A direction is a tree like the parameters, or one v
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch.func import jvp
 
 from niels_gpt.analysis.noise import OnProgress, next_rows
 from niels_gpt.config import ModelConfig
+from niels_gpt.corpus import Corpus
 from niels_gpt.loss import Batch, Tree, gradients
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.optim import BETAS, EPS, to_tree, to_vector
@@ -41,14 +42,13 @@ class Curvature(NamedTuple):
 
 def curvature(
     state: TrainState,
-    sources: Mapping[str, bytes],
-    p: Mapping[str, float],
+    corpus: Corpus,
     *,
     iterations: int = 20,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Curvature:
     """Measure both sharpnesses on the next batch of a run; see `sharpness` and `largest_lr`."""
-    batch, _ = next_rows(state, sources, p, 1)
+    batch, _ = next_rows(state, corpus, 1)
     params, cfg = state.params, state.model_cfg
     generator = keyed_generator(state.train_cfg.seed, "sharpness", state.step)
     vector = to_vector(params)

@@ -20,16 +20,15 @@ from torch import Tensor
 from torch.func import vmap
 
 from niels_gpt.analysis.plot import COLOURS, MARKERS
-from niels_gpt.analysis.replay import advance
 from niels_gpt.config import ModelConfig, TrainConfig
+from niels_gpt.corpus import Corpus, advance
 from niels_gpt.eval import evaluate
 from niels_gpt.loss import Batch, Tree, gradients, rows_per_block
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.model.flops import parameter_count
 from niels_gpt.optim import update
-from niels_gpt.run.plan import Text
 from niels_gpt.state import TrainState, make_state
-from niels_gpt.step import batch_of_step, dropout_of_step
+from niels_gpt.step import dropout_of_step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -160,16 +159,13 @@ def stacked_step(
 
 
 def advance_all(
-    stacked: TrainState, cfgs: Sequence[TrainConfig], text: Text
+    stacked: TrainState, cfgs: Sequence[TrainConfig], corpus: Corpus
 ) -> tuple[TrainState, Tensor]:
     """Take the next step of every model, each with what its own config draws and sets."""
     k, model_cfg = stacked.step, stacked.model_cfg
     device = stacked.params["tok_emb.weight"].device
     seeds = {cfg.seed: cfg for cfg in cfgs}  # models of one seed share what it draws
-    batches = {
-        seed: batch_of_step(seed, k, text.train, p=text.p, B=cfg.B, T=model_cfg.T, device=device)
-        for seed, cfg in seeds.items()
-    }
+    batches = {seed: replace(corpus, seed=seed).batch(k, device) for seed in seeds}
     drawn = {
         seed: dropout_of_step(seed, k, range(cfg.B), model_cfg, device)
         for seed, cfg in seeds.items()
@@ -187,7 +183,7 @@ def advance_all(
 def train_together(
     model_cfg: ModelConfig,
     cfgs: Sequence[TrainConfig],
-    text: Text,
+    corpus: Corpus,
     device: str = "cpu",
     *,
     on_step: OnStep = lambda done, total: None,
@@ -196,7 +192,7 @@ def train_together(
     stacked = stack([make_state(model_cfg, cfg, device) for cfg in cfgs])
     total = cfgs[0].total_steps
     while stacked.step < total:
-        stacked, _ = advance_all(stacked, cfgs, text)
+        stacked, _ = advance_all(stacked, cfgs, corpus)
         on_step(stacked.step * len(cfgs), total * len(cfgs))
     return unstack(stacked, cfgs)
 
@@ -204,24 +200,30 @@ def train_together(
 def train_alone(
     model_cfg: ModelConfig,
     cfgs: Sequence[TrainConfig],
-    text: Text,
+    corpus: Corpus,
     device: str = "cpu",
     *,
     on_step: OnStep = lambda done, total: None,
 ) -> list[TrainState]:
     """As `train_together`, one model after the other with `train_step`, without `vmap`."""
     return [
-        _train_one(make_state(model_cfg, cfg, device), text, i, len(cfgs), on_step)
+        _train_one(
+            make_state(model_cfg, cfg, device),
+            replace(corpus, seed=cfg.seed),
+            i,
+            len(cfgs),
+            on_step,
+        )
         for i, cfg in enumerate(cfgs)
     ]
 
 
 def _train_one(
-    state: TrainState, text: Text, before: int, models: int, on_step: OnStep
+    state: TrainState, corpus: Corpus, before: int, models: int, on_step: OnStep
 ) -> TrainState:
     total = state.train_cfg.total_steps
     while state.step < total:
-        state, _ = advance(state, text)
+        state, _ = advance(state, corpus)
         on_step(before * total + state.step, models * total)
     return state
 
@@ -240,7 +242,7 @@ class Cost(NamedTuple):
 def cost(
     model_cfg: ModelConfig,
     parts: Sequence[Sequence[TrainConfig]],
-    text: Text,
+    corpus: Corpus,
     device: str,
     *,
     solo: bool,
@@ -249,8 +251,8 @@ def cost(
     first = parts[0]
     stacked = stack([make_state(model_cfg, cfg, device) for cfg in first])
     state = make_state(model_cfg, first[0], device)
-    together = _seconds(lambda: advance_all(stacked, first, text)[1].sum().item())
-    alone = _seconds(lambda: advance(state, text)[1]["loss"].item()) * len(first)
+    together = _seconds(lambda: advance_all(stacked, first, corpus)[1].sum().item())
+    alone = _seconds(lambda: advance(state, corpus)[1]["loss"].item()) * len(first)
     models = sum(len(part) for part in parts)
     steps = first[0].total_steps * models / len(first)
     return Cost(

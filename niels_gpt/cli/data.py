@@ -82,7 +82,7 @@ def build(
                 force_rebuild=rebuild,
             )
         )
-    _tell([*train.notes, *(f"{name}: left out ({why})" for name, why in train.missing.items())])
+    _tell([*train.messages, *train.left_out()])
     _show_streams(train, val, as_json)
 
 
@@ -98,7 +98,7 @@ def fetch(as_json: bool) -> None:
         from niels_gpt.streams import fetch_wikitext
 
         train, val = fetch_wikitext()
-    _tell(train.notes)
+    _tell(train.messages)
     _show_streams(train, val, as_json)
 
 
@@ -122,12 +122,11 @@ def sample(
     """
     with exit_on_failure(2):
         model_cfg, train_cfg, where = _where(config, places)
-        from niels_gpt.analysis.windows import rows_of_step
-        from niels_gpt.run.plan import open_text
+        from niels_gpt.corpus import open_corpus
 
-        text = open_text(model_cfg, train_cfg, where)
-        rows = rows_of_step(model_cfg, train_cfg, text, step)[:n]
-    _tell(text.notes)
+        corpus = open_corpus(model_cfg, train_cfg, where)
+        rows = corpus.rows(step - 1)[:n]
+    _tell(corpus.messages)
     if as_json:
         print_json(rows)
         return
@@ -153,9 +152,9 @@ def _where(
     )
 
 
-def _tell(notes: Iterable[str]) -> None:
-    for note in notes:
-        click.echo(f"note: {note}", err=True)
+def _tell(messages: Iterable[str]) -> None:
+    for message in messages:
+        click.echo(f"note: {message}", err=True)
 
 
 def _show_streams(train: Sources, val: Sources, as_json: bool) -> None:
@@ -166,10 +165,8 @@ def _show_streams(train: Sources, val: Sources, as_json: bool) -> None:
         print_json(found)
         return
     for split, infos in found.items():
-        for name, i in infos.items():
-            click.echo(
-                f"{f'{split}/{name}':<14}{i.origin}, {i.nbytes:,} bytes, sha256 {i.sha256[:12]}"
-            )
+        for name, info in infos.items():
+            click.echo(f"{f'{split}/{name}':<14}{info}")
 
 
 def _source_lines(source: Source) -> list[str]:

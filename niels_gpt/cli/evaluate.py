@@ -81,8 +81,8 @@ def main(
             device=resolve_device(device),
             on_progress=_show_progress,
         )
-    for note in report.notes:
-        click.echo(f"note: {note}", err=True)
+    for message in report.messages:
+        click.echo(f"note: {message}", err=True)
     if as_json:
         _print_json(ckpt, report)
     else:

@@ -72,16 +72,16 @@ def main(
     """
     with exit_on_interrupt(), exit_on_failure(2):
         from niels_gpt.analysis import influence, noise, sharpness
-        from niels_gpt.analysis.replay import open_text_of
+        from niels_gpt.analysis.replay import open_corpus_of
         from niels_gpt.checkpoint import load_state
         from niels_gpt.device import resolve_device
         from niels_gpt.streams import locate
 
         state, payload = load_state(ckpt, device=resolve_device(device))
         sources = locate(places)
-        text, notes = open_text_of(payload, ckpt, state, sources)
-        for note in notes:
-            click.echo(f"note: {note}", err=True)
+        corpus, messages = open_corpus_of(payload, ckpt, state, sources)
+        for message in messages:
+            click.echo(f"note: {message}", err=True)
         wanted = only or PARTS
         documents = []
         if "documents" in wanted:
@@ -95,7 +95,7 @@ def main(
         found: dict[str, Any] = {"checkpoint": str(ckpt), "step": state.step}
         lines = [f"{ckpt.name}, after step {state.step}"]
         if "noise" in wanted:
-            rows, drop = noise.next_rows(state, text.train, text.p, batches)
+            rows, drop = noise.next_rows(state, corpus, batches)
             products = noise.row_products(
                 state.params, rows, state.model_cfg, drop, on_progress=_progress("row")
             )
@@ -103,13 +103,13 @@ def main(
             lines += _noise_lines(scale, state)
         if "sharpness" in wanted:
             found["sharpness"] = curvature = sharpness.curvature(
-                state, text.train, text.p, iterations=iterations, on_progress=_progress("product")
+                state, corpus, iterations=iterations, on_progress=_progress("product")
             )
             lines += _curvature_lines(curvature, state)
         if "documents" in wanted:
             found["documents"] = worth = influence.notes_worth(
                 state,
-                text.val["wiki"],
+                corpus.val["wiki"],
                 documents,
                 batches=batches,
                 windows=windows,

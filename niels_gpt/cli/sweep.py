@@ -72,8 +72,8 @@ def main(
     with exit_on_interrupt(), exit_on_failure(2):
         from niels_gpt.analysis import plot, sweep
         from niels_gpt.config import find_config, load_config_from_json
+        from niels_gpt.corpus import open_corpus
         from niels_gpt.device import resolve_device
-        from niels_gpt.run.plan import open_text
         from niels_gpt.streams import locate
 
         plot.check_paths(picture)
@@ -89,15 +89,15 @@ def main(
             decays or [train_cfg.weight_decay],
             range(train_cfg.seed, train_cfg.seed + seeds),
         )
-        text = open_text(model_cfg, train_cfg, locate(places))
-        for note in text.notes:
-            click.echo(f"note: {note}", err=True)
+        corpus = open_corpus(model_cfg, train_cfg, locate(places))
+        for message in corpus.messages:
+            click.echo(f"note: {message}", err=True)
         budget = sweep.memory_budget() if memory is None else int(memory * 1e9)
         each = sweep.member_bytes(model_cfg, train_cfg.B)
         parts = sweep.groups(cfgs, each, budget)
         if each > budget:
             click.echo(f"note: {_memory_note(each, budget)}", err=True)
-        cost = sweep.cost(model_cfg, parts, text, device, solo=solo)
+        cost = sweep.cost(model_cfg, parts, corpus, device, solo=solo)
     click.echo(_cost_line(cost, solo), err=not dry_run or as_json)
     if dry_run:
         if as_json:
@@ -107,8 +107,8 @@ def main(
         train = sweep.train_alone if solo else sweep.train_together
         found = []
         for part in parts:
-            states = train(model_cfg, part, text, device, on_step=_show_step)
-            found += sweep.results(states, text.val["wiki"], train_cfg.seed)
+            states = train(model_cfg, part, corpus, device, on_step=_show_step)
+            found += sweep.results(states, corpus.val["wiki"], train_cfg.seed)
         cells = sweep.cells(found)
         best = sweep.suggest(cells)
         if as_json:

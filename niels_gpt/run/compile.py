@@ -14,9 +14,7 @@ from torch import Tensor
 from niels_gpt.loss import Batch, block_gradients, gradients
 from niels_gpt.optim import Tree, update
 from niels_gpt.state import TrainState
-from niels_gpt.step import GradientFunction, UpdateFunction, train_step
-
-StepFunction = Callable[[TrainState, Batch, float], tuple[TrainState, dict[str, Tensor]]]
+from niels_gpt.step import GradientFunction, StepFunction, UpdateFunction, train_step
 
 TOLERANCE = 1e-3  # of the largest element of each tensor; rounding gives about 1e-5
 

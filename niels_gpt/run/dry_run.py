@@ -22,13 +22,12 @@ from niels_gpt.checkpoint import state_payload
 from niels_gpt.config import TrainConfig
 from niels_gpt.eval import evaluate
 from niels_gpt.files.schema import canonical_payload
-from niels_gpt.loss import Batch
 from niels_gpt.model.flops import parameter_count, step_flops
 from niels_gpt.record import checkpoint_extra
-from niels_gpt.run.compile import StepFunction, choose_step
+from niels_gpt.run.compile import choose_step
 from niels_gpt.run.plan import Plan
 from niels_gpt.state import TrainState
-from niels_gpt.step import batch_of_step, train_step
+from niels_gpt.step import StepFunction, train_step
 
 TIMED_STEPS = 2
 
@@ -36,7 +35,7 @@ TIMED_STEPS = 2
 def estimate(plan: Plan, *, as_json: bool = False) -> str:
     """Return what `train --dry-run` prints: the sources, and what the run will cost."""
     if as_json:
-        found = {"notes": plan.notes, "sources": plan.sources, **costs(plan)}
+        found = {"notes": plan.messages, "sources": plan.corpus.record, **costs(plan)}
         return json.dumps(found, indent=2, ensure_ascii=False)
     return "\n".join([*_source_lines(plan), *_cost_lines(costs(plan))])
 
@@ -75,7 +74,7 @@ def costs(plan: Plan) -> dict[str, Any]:
 
 def checkpoint_bytes(plan: Plan, state: TrainState) -> int:
     """Return the size of the file that a state of this run makes."""
-    extra = checkpoint_extra(plan.scores, plan.sources, plan.environment)
+    extra = checkpoint_extra(plan.scores, plan.corpus.record, plan.environment)
     payload = state_payload(state, best_val_loss=math.e, extra=extra)
     buffer = io.BytesIO()
     torch.save({**canonical_payload(payload), "digest": "0" * 64}, buffer)
@@ -95,11 +94,14 @@ def peak_memory_bytes() -> int:
 
 def _time_steps(plan: Plan) -> tuple[TrainState, float]:
     """Take the next steps of the run; return a state with moments, and seconds per step."""
-    state, train_on = plan.state, _step_function(plan)
+    state, device = plan.state, plan.environment["device"]
+    train_on = _step_function(plan)
 
     def step() -> None:
         nonlocal state
-        state, metrics = train_on(state, _batch(plan, state.step), state.train_cfg.base_lr)
+        state, metrics = train_on(
+            state, plan.corpus.batch(state.step, device), state.train_cfg.base_lr
+        )
         metrics["loss"].item()  # waits for the device
 
     step()
@@ -109,17 +111,13 @@ def _time_steps(plan: Plan) -> tuple[TrainState, float]:
 def _step_function(plan: Plan) -> StepFunction:
     if not plan.environment["compile"]:
         return train_step
-    return choose_step(plan.state, _batch(plan, plan.state.step), lambda line: None)[0]
-
-
-def _batch(plan: Plan, step: int) -> Batch:
-    cfg, T, device = plan.state.train_cfg, plan.state.model_cfg.T, plan.environment["device"]
-    return batch_of_step(cfg.seed, step, plan.train, p=plan.p, B=cfg.B, T=T, device=device)
+    batch = plan.corpus.batch(plan.state.step, plan.environment["device"])
+    return choose_step(plan.state, batch, lambda line: None)[0]
 
 
 def _evaluate_once(plan: Plan) -> None:
     one_batch = plan.state._replace(train_cfg=replace(plan.state.train_cfg, eval_steps=1))
-    evaluate(one_batch, plan.val["wiki"], one_batch.train_cfg.seed)
+    evaluate(one_batch, plan.corpus.val["wiki"], one_batch.train_cfg.seed)
 
 
 def _seconds(action: Callable[[], None]) -> float:
@@ -145,13 +143,9 @@ def _nearest_folder(path: Path) -> Path:
 
 
 def _source_lines(plan: Plan) -> list[str]:
-    lines = [f"note: {note}" for note in plan.notes]
-    for split, sources in plan.sources.items():
-        lines += [
-            f"{f'{split}/{name}':<14}{info['origin']}, {info['bytes']:,} bytes, "
-            f"sha256 {info['sha256'][:12]}"
-            for name, info in sources.items()
-        ]
+    lines = [f"note: {message}" for message in plan.messages]
+    for split, infos in plan.corpus.sources.items():
+        lines += [f"{f'{split}/{name}':<14}{info}" for name, info in infos.items()]
     return lines
 
 

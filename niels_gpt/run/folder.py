@@ -37,7 +37,7 @@ class Folder:
 
     def save(self, names: Sequence[str], state: TrainState, scores: Scores) -> bool:
         """Save a state durably under each name in turn; say so when it fails, and return False."""
-        extra = checkpoint_extra(scores, self._plan.sources, self.environment)
+        extra = checkpoint_extra(scores, self._plan.corpus.record, self.environment)
         payload = state_payload(state, best_val_loss=scores.best_val_loss, extra=extra)
         try:
             self._claim()

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from niels_gpt import paths, streams
-from niels_gpt.batching import renormalise
+from niels_gpt import paths
 from niels_gpt.checkpoint import (
     METRICS,
     load_checkpoint,
@@ -21,9 +20,10 @@ from niels_gpt.checkpoint import (
     state_from_payload,
 )
 from niels_gpt.config import ModelConfig, TrainConfig, to_dict
+from niels_gpt.corpus import Corpus, open_corpus
 from niels_gpt.device import resolve_device
 from niels_gpt.model.flops import step_flops
-from niels_gpt.record import Sources, kept_environment, kept_scores, kept_sources
+from niels_gpt.record import kept_environment, kept_scores, kept_sources
 from niels_gpt.run.loop import Scores
 from niels_gpt.run.metrics import Record, read_metrics, records_until
 from niels_gpt.run.options import TrainOptions
@@ -41,15 +41,6 @@ class Resume(NamedTuple):
     skipped: list[tuple[Path, str]]  # damaged checkpoints that `latest` passed over
 
 
-class Text(NamedTuple):
-    """What there is to train and to evaluate on."""
-
-    train: Mapping[str, bytes]
-    val: Mapping[str, bytes]
-    p: dict[str, float]  # p_train over the sources that are there
-    notes: list[str]  # for the user
-
-
 class Plan(NamedTuple):
     """What the loop needs, checked."""
 
@@ -57,14 +48,11 @@ class Plan(NamedTuple):
     scores: Scores
     records: list[Record]  # metrics up to the state
     out: Path
-    train: Mapping[str, bytes]
-    val: Mapping[str, bytes]
-    p: dict[str, float]  # p_train over the sources that are there
-    sources: Sources
+    corpus: Corpus
     environment: dict[str, Any]  # what else can change bits
     why_compile: str  # why the step is compiled, or is not
     resumed: Resume | None
-    notes: list[str]  # for the user
+    messages: list[str]  # for the user
 
 
 def make_plan(model_cfg: ModelConfig, train_cfg: TrainConfig, options: TrainOptions) -> Plan:
@@ -74,28 +62,24 @@ def make_plan(model_cfg: ModelConfig, train_cfg: TrainConfig, options: TrainOpti
         ValueError, RuntimeError, OSError: with what is wrong; nothing was changed.
     """
     device = resolve_device(options.device)
-    resumed, notes = None, []
+    resumed, messages = None, []
     if options.resume is None:
         state, scores = make_state(model_cfg, train_cfg, device), Scores()
     else:
         resumed = find_resume(options.resume, output_folder(options))
         state, scores = resume_state(resumed.payload, model_cfg, train_cfg, device)
-        notes += resume_warnings(resumed, train_cfg)
-    text = open_text(
-        model_cfg,
-        train_cfg,
-        locate(options.places, write_cache=not options.dry_run),
-    )
-    sources = describe(text.train, text.val)
+        messages += resume_warnings(resumed, train_cfg)
+    where = locate(options.places, write_cache=not options.dry_run)
+    corpus = open_corpus(model_cfg, train_cfg, where)
     inherited = kept_environment(resumed.payload).get("compile", False) if resumed else None
     compiled, why = choose_compile(options.compile, inherited, device, model_cfg, train_cfg)
     environment = describe_environment(device, compiled)
     records: list[Record] = []
     if resumed is not None:
-        if changes := data_changes(resumed.payload, sources):
+        if changes := data_changes(resumed.payload, corpus.record):
             _refuse_unless(options.allow_data_change, resumed.path, changes)
-            notes += changes
-        notes += environment_changes(resumed.payload, environment)
+            messages += changes
+        messages += environment_changes(resumed.payload, environment)
         metrics = read_metrics(resumed.path.with_name(METRICS))
         records = records_until(metrics, state.step, scores.val_step)
     return Plan(
@@ -103,32 +87,12 @@ def make_plan(model_cfg: ModelConfig, train_cfg: TrainConfig, options: TrainOpti
         scores=scores,
         records=records,
         out=output_folder(options),
-        train=text.train,
-        val=text.val,
-        p=text.p,
-        sources=sources,
+        corpus=corpus,
         environment=environment,
         why_compile=why,
         resumed=resumed,
-        notes=notes + text.notes,
+        messages=[*messages, *corpus.messages],
     )
-
-
-def open_text(
-    model_cfg: ModelConfig, train_cfg: TrainConfig, build_cfg: streams.StreamBuildConfig
-) -> Text:
-    """Build the streams of a run, and shift the shares of absent sources to those present."""
-    train, val = streams.build_train_val_sources(model_cfg, train_cfg, build_cfg=build_cfg)
-    p = renormalise(train_cfg.p_train, train)
-    why: Mapping[str, str] = getattr(train, "missing", {})
-    absent = [name for name, share in train_cfg.p_train.items() if share > 0 and name not in p]
-    shares = ", ".join(f"{name} {share:.4g}" for name, share in p.items())
-    notes = list(getattr(train, "notes", []))
-    notes += [
-        f"{name}: left out ({why.get(name, 'no such source')}); the shares are now {shares}"
-        for name in absent
-    ]
-    return Text(train, val, p, notes)
 
 
 def output_folder(options: TrainOptions) -> Path:
@@ -172,17 +136,6 @@ def describe_environment(device: str, compiled: bool) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "compile": compiled,
-    }
-
-
-def describe(train: Mapping[str, bytes], val: Mapping[str, bytes]) -> Sources:
-    """Return split -> source -> what a checkpoint keeps of a stream: the same on every machine."""
-    return {
-        split: {
-            name: {"origin": info.origin, "bytes": info.nbytes, "sha256": info.sha256}
-            for name, info in streams.describe_sources(given).items()
-        }
-        for split, given in (("train", train), ("val", val))
     }
 
 

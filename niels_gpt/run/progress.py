@@ -16,14 +16,11 @@ from niels_gpt.state import TrainState
 
 def say_opening(plan: Plan, console: Console) -> None:
     """Say what is trained, on what, from where."""
-    for note in plan.notes:
-        console.warn(f"note: {note}")
-    for split, sources in plan.sources.items():
-        for name, info in sources.items():
-            console.say(
-                f"{split}/{name}: {info['origin']}, {info['bytes']:,} bytes, "
-                f"sha256 {info['sha256'][:12]}"
-            )
+    for message in plan.messages:
+        console.warn(f"note: {message}")
+    for split, infos in plan.corpus.sources.items():
+        for name, info in infos.items():
+            console.say(f"{split}/{name}: {info}")
     state = plan.state
     count = sum(p.numel() for p in state.params.values())
     step_bytes = state.train_cfg.B * state.model_cfg.T

@@ -9,17 +9,16 @@ from pathlib import Path
 from niels_gpt.console import Console
 from niels_gpt.eval import evaluate
 from niels_gpt.failures import describe
-from niels_gpt.loss import Batch
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.run import loop
-from niels_gpt.run.compile import StepFunction, choose_step
+from niels_gpt.run.compile import choose_step
 from niels_gpt.run.folder import Folder
 from niels_gpt.run.loop import LATEST, NonFiniteError
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.plan import Plan
 from niels_gpt.run.progress import Reporter, say_opening
 from niels_gpt.run.stop import Stop, Stopped
-from niels_gpt.step import batch_of_step, train_step
+from niels_gpt.step import StepFunction, train_step
 
 
 def train(plan: Plan, options: TrainOptions, console: Console, stop: Stop) -> int:
@@ -48,12 +47,12 @@ def train(plan: Plan, options: TrainOptions, console: Console, stop: Stop) -> in
 
 def _step_of(plan: Plan, folder: Folder, console: Console, stop: Stop) -> StepFunction:
     """Return the step to train with, compiled if asked for; the folder notes which it is."""
-    state = plan.state
+    state, corpus, device = plan.state, plan.corpus, plan.environment["device"]
     if not plan.environment["compile"] or state.step >= state.train_cfg.total_steps:
         return train_step
     try:
         with stop.immediately():
-            step, is_compiled = choose_step(state, _batch(plan, state.step), console.say)
+            step, is_compiled = choose_step(state, corpus.batch(state.step, device), console.say)
     except Stopped:
         if plan.resumed is None:
             folder.save([LATEST], state, plan.scores)
@@ -62,36 +61,23 @@ def _step_of(plan: Plan, folder: Folder, console: Console, stop: Stop) -> StepFu
     return step
 
 
-def _batch(plan: Plan, step: int) -> Batch:
-    cfg = plan.state.train_cfg
-    return batch_of_step(
-        cfg.seed,
-        step,
-        plan.train,
-        p=plan.p,
-        B=cfg.B,
-        T=plan.state.model_cfg.T,
-        device=plan.environment["device"],
-    )
-
-
 def ports_of(
     plan: Plan, folder: Folder, reporter: Reporter, stop: Stop, step: StepFunction = train_step
 ) -> loop.Ports:
     """Connect the loop: batches and rates of the plan, and what becomes of states and numbers."""
-    cfg = plan.state.train_cfg
+    cfg, corpus, device = plan.state.train_cfg, plan.corpus, plan.environment["device"]
     return loop.Ports(
-        batch=lambda step: _batch(plan, step),
+        batch=lambda step: corpus.batch(step, device),
         lr=lambda step: lr_of_step(step, cfg),
         step=step,
-        evaluate=lambda state: evaluate(state, plan.val["wiki"], cfg.seed),
+        evaluate=lambda state: evaluate(state, corpus.val["wiki"], cfg.seed),
         on_step=reporter.on_step,
         on_log=reporter.on_log,
         on_eval=reporter.on_eval,
         save=folder.save,
         check_stop=stop.check,
         may_stop=stop.immediately,
-        check_each=plan.environment["device"] == "cpu",
+        check_each=device == "cpu",
     )
 
 

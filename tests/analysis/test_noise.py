@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from niels_gpt.analysis import noise
+from niels_gpt.corpus import Corpus
 from niels_gpt.loss import gradients
 from niels_gpt.model.dropout import dropout_keys, sites
 from niels_gpt.optim import to_vector
@@ -87,10 +88,10 @@ def test_next_rows_are_the_next_batches_of_the_run():
     from niels_gpt.step import batch_of_step, dropout_of_step
 
     state = trained_state(SMALL, B=2)
-    sources, p = {"wiki": STREAM}, {"wiki": 1.0}
-    (x, y), drop = noise.next_rows(state, sources, p, 3)
+    corpus = Corpus({"wiki": STREAM}, {}, {"wiki": 1.0}, seed=42, B=2, T=12)
+    (x, y), drop = noise.next_rows(state, corpus, 3)
     for i in range(3):
-        wanted = batch_of_step(42, 3 + i, sources, p=p, B=2, T=12)
+        wanted = batch_of_step(42, 3 + i, corpus.train, p=corpus.p, B=2, T=12)
         assert torch.equal(x[2 * i : 2 * i + 2], wanted[0])
         assert torch.equal(y[2 * i : 2 * i + 2], wanted[1])
         keys = dropout_of_step(42, 3 + i, range(2), SMALL)

@@ -12,10 +12,10 @@ from niels_gpt import make_state, train_step
 from niels_gpt.analysis import replay
 from niels_gpt.checkpoint import load_checkpoint, load_state, state_payload, write_checkpoint
 from niels_gpt.cli import main
+from niels_gpt.corpus import advance, next_batch, open_corpus
 from niels_gpt.loss import gradients
 from niels_gpt.optim import clip_by_global_norm, global_norm
 from niels_gpt.run.metrics import read_metrics, to_lines
-from niels_gpt.run.plan import open_text
 from niels_gpt.state import empty_model
 from niels_gpt.step import dropout_of_step
 from niels_gpt.streams import locate
@@ -122,11 +122,11 @@ def test_moments_are_compared_too(run, again, kind):
 
 def test_a_change_on_the_way_is_bracketed_by_saved_states_and_logged_losses(run, again, opened):
     """A run that goes astray after step 6: later files and figures all follow from the change."""
-    state, text = opened
-    text = text._replace(train={name: stream[::-1] for name, stream in text.train.items()})
+    state, corpus = opened
+    corpus = replace(corpus, train={name: s[::-1] for name, s in corpus.train.items()})
     records = [r for r in read_metrics(run / "metrics.jsonl") if r["step"] <= 6]
     while state.step < 9:
-        state, metrics = replay.advance(state, text)
+        state, metrics = advance(state, corpus)
         values = {name: value.item() for name, value in metrics.items()}
         if state.step % 2 == 0:
             records.append({"kind": "train", "step": state.step, **values})
@@ -140,13 +140,13 @@ def test_a_change_on_the_way_is_bracketed_by_saved_states_and_logged_losses(run,
 
 def test_a_change_too_small_for_the_next_loss_is_not_said_to_come_after_it(run, again, opened):
     """A bit of a moment is changed after step 6: the loss of step 7 knows nothing of it."""
-    state, text = opened
+    state, corpus = opened
     records = [r for r in read_metrics(run / "metrics.jsonl") if r["step"] <= 6]
     nu = {name: v.clone() for name, v in state.nu.items()}
     nu["ln_f.bias"].view(torch.int32)[2] ^= 1 << 22
     state = state._replace(nu=nu)
     while state.step < 9:
-        state, metrics = replay.advance(state, text)
+        state, metrics = advance(state, corpus)
         values = {name: value.item() for name, value in metrics.items()}
         records.append({"kind": "train", "step": state.step, **values})
     (run / "metrics.jsonl").write_bytes(to_lines(records))
@@ -268,41 +268,43 @@ def test_a_step_before_the_first_checkpoint_is_reached_from_the_initial_state(ru
 @pytest.fixture(scope="module")
 def opened(whole_run, texts):
     state, _ = load_state(whole_run / "step_0000006.pt", device="cpu")
-    return state, open_text(*state[-2:], locate({"wiki": texts / "wiki", "roam": texts / "notes"}))
+    return state, open_corpus(
+        *state[-2:], locate({"wiki": texts / "wiki", "roam": texts / "notes"})
+    )
 
 
 def test_advance_is_the_step_of_the_training_loop(whole_run, opened):
-    state, text = opened
+    state, corpus = opened
     for _ in range(3):
-        state, _ = replay.advance(state, text)
+        state, _ = advance(state, corpus)
     assert same_state(state, load_state(whole_run / "step_0000009.pt", device="cpu")[0])
 
 
 def test_rows_are_the_windows_of_the_batch_and_their_losses_average_to_the_loss(opened):
-    state, text = opened
-    view = replay.view_step(state, text)
+    state, corpus = opened
+    view = replay.view_step(state, corpus)
     assert math.isclose(sum(row.loss for row in view.rows) / 4, view.loss, rel_tol=1e-6)
-    x, _ = replay.next_batch(state, text)
+    x, _ = next_batch(state, corpus)
     for row, ids in zip(view.rows, x, strict=True):
-        window = text.train[row.source][row.start : row.start + 13]
+        window = corpus.train[row.source][row.start : row.start + 13]
         assert window[:12] == bytes(ids.tolist())
         assert row.text == window.decode(errors="replace")
 
 
 def test_gradient_norms_add_up_to_the_global_norm(opened):
-    state, text = opened
-    view = replay.view_step(state, text)
+    state, corpus = opened
+    view = replay.view_step(state, corpus)
     assert math.isclose(math.hypot(*view.grad_norms.values()), view.grad_norm, rel_tol=1e-5)
-    _, metrics = train_step(state, replay.next_batch(state, text), view.lr)
+    _, metrics = train_step(state, next_batch(state, corpus), view.lr)
     assert metrics["grad_norm"].item() == view.grad_norm
     tight = state._replace(train_cfg=replace(state.train_cfg, grad_clip=0.01))
-    scaled, norm = clip_by_global_norm(gradients_of(tight, text), 0.01)
+    scaled, norm = clip_by_global_norm(gradients_of(tight, corpus), 0.01)
     scale = global_norm(scaled) / norm
-    assert math.isclose(replay.view_step(tight, text).clip, scale.item(), rel_tol=1e-5)
+    assert math.isclose(replay.view_step(tight, corpus).clip, scale.item(), rel_tol=1e-5)
 
 
-def gradients_of(state, text):
-    batch = replay.next_batch(state, text)
+def gradients_of(state, corpus):
+    batch = next_batch(state, corpus)
     cfg, rows = state.model_cfg, range(len(batch[0]))
     drop = dropout_of_step(state.train_cfg.seed, state.step, rows, cfg)
     return gradients(state.params, batch, cfg, drop)[0]
@@ -322,11 +324,11 @@ def test_what_is_not_a_number_comes_first_in_every_table(opened):
 
 
 def test_a_step_whose_gradient_is_zero_or_not_a_number_is_shown(opened):
-    state, text = opened
+    state, corpus = opened
     flat = {name: torch.zeros_like(p) for name, p in state.params.items()}
-    assert replay.view_step(state._replace(params=flat), text).clip == 1.0
+    assert replay.view_step(state._replace(params=flat), corpus).clip == 1.0
     broken = {**state.params, "ln_f.bias": torch.full_like(state.params["ln_f.bias"], math.nan)}
-    assert math.isnan(replay.view_step(state._replace(params=broken), text).clip)
+    assert math.isnan(replay.view_step(state._replace(params=broken), corpus).clip)
 
 
 def test_ctrl_c_is_not_taken_for_a_difference(run, again, monkeypatch):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.func import functional_call, grad, jacrev
 
 from niels_gpt.analysis import sharpness
+from niels_gpt.corpus import Corpus
 from niels_gpt.optim import to_tree, to_vector
 from niels_gpt.state import empty_model
 from tests.analysis.plain import STREAM, TINY
@@ -65,7 +66,8 @@ def test_lanczos_says_whether_it_has_converged():
 
 def test_without_moments_the_sharpness_under_adam_is_not_known(state):
     zeros = {name: torch.zeros_like(p) for name, p in state.params.items()}
-    found = sharpness.curvature(state._replace(nu=zeros), {"s": STREAM}, {"s": 1.0}, iterations=3)
+    corpus = Corpus({"s": STREAM}, {}, {"s": 1.0}, seed=42, B=state.train_cfg.B, T=TINY.T)
+    found = sharpness.curvature(state._replace(nu=zeros), corpus, iterations=3)
     assert (found.adam, found.adam_lr) == (None, None)
 
 

@@ -13,12 +13,17 @@ from hypothesis import strategies as st
 from niels_gpt import ModelConfig, TrainConfig, evaluate, make_state
 from niels_gpt.analysis import sweep
 from niels_gpt.analysis.replay import differences
-from niels_gpt.run.plan import Text
+from niels_gpt.corpus import Corpus
 from tests.training import PLAIN, SMALL, copy_of, same_state
 
 STREAM = bytes((i * i + i // 7) % 256 for i in range(3000))
-TEXT = Text(
-    {"wiki": STREAM, "roam": STREAM[::-1]}, {"wiki": STREAM}, {"wiki": 0.7, "roam": 0.3}, []
+TEXT = Corpus(
+    train={"wiki": STREAM, "roam": STREAM[::-1]},
+    val={"wiki": STREAM},
+    p={"wiki": 0.7, "roam": 0.3},
+    seed=42,
+    B=3,
+    T=12,
 )
 CFG = TrainConfig(
     B=3,

@@ -13,7 +13,7 @@ from niels_gpt import paths, streams
 from niels_gpt.analysis.data_report import altered
 from niels_gpt.cli import main
 from niels_gpt.config import ModelConfig, TrainConfig
-from niels_gpt.run.plan import open_text
+from niels_gpt.corpus import open_corpus
 from niels_gpt.step import batch_of_step
 from niels_gpt.streams import StreamBuildConfig, build_sources, locate
 from niels_gpt.tokenizer import decode
@@ -267,16 +267,15 @@ def test_samples_are_the_rows_of_the_training(niels, where, texts, tmp_path):
     args = ["--config", "c.json", *where, "--step", "4", "-n", "5"]
     rows = json.loads(niels("data", "sample", *args, "--json").stdout)
     model_cfg, train_cfg = ModelConfig(T=20, C=8, H=2), TrainConfig(B=6)
-    text = open_text(
-        model_cfg, train_cfg, locate({"wiki": texts / "wiki", "roam": texts / "notes"})
-    )
-    x, y = batch_of_step(train_cfg.seed, 3, text.train, p=text.p, B=6, T=20)
+    where = locate({"wiki": texts / "wiki", "roam": texts / "notes"})
+    corpus = open_corpus(model_cfg, train_cfg, where)
+    x, y = batch_of_step(train_cfg.seed, 3, corpus.train, p=corpus.p, B=6, T=20)
     assert len(rows) == 5
     for row in rows:
         ids = [*x[row["row"]].tolist(), int(y[row["row"], -1])]
         assert row["text"] == decode(x.new_tensor(ids))
         start = row["start"]
-        assert text.train[row["source"]][start : start + 21] == bytes(ids)
+        assert corpus.train[row["source"]][start : start + 21] == bytes(ids)
     shown = niels("data", "sample", *args).stdout
     assert all(
         f"row {row['row']}: {row['source']} from byte {row['start']:,}" in shown for row in rows

@@ -261,14 +261,14 @@ MUTANTS = {
         "shows_the_diff",
     ),
     "batches counted anew in a resume": Mutant(
-        "run",
-        "        cfg.seed,\n        step,\n",
-        "        cfg.seed,\n        step - plan.state.step,\n",
+        "run/session",
+        "batch=lambda step: corpus.batch(step, device)",
+        "batch=lambda step: corpus.batch(step - plan.state.step, device)",
         TRAIN,
         "ends_in_the_same_bytes",
     ),
     "metrics not cut back on a resume": Mutant(
-        "plan",
+        "run/plan",
         "records = records_until(metrics, state.step, scores.val_step)",
         "records = metrics",
         TRAIN,

@@ -8,8 +8,9 @@ import pytest
 
 from niels_gpt.checkpoint import load_checkpoint
 from niels_gpt.console import Console
+from niels_gpt.corpus import Corpus
 from niels_gpt.files import durable
-from niels_gpt.run import folder, session
+from niels_gpt.run import folder
 
 CONFIG = {
     "model": {"T": 16, "C": 8, "L": 1, "H": 2, "d_ff": 8},
@@ -57,14 +58,14 @@ def test_a_failed_save_is_told_and_the_next_one_tries_again(train, tmp_path, mon
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_failed_final_save_is_exit_code_1(train, monkeypatch, stopped):
     monkeypatch.setattr(folder, "write_checkpoint", lambda paths, payload: full_disk(paths[0]))
-    batch_of_step = session.batch_of_step
+    draw = Corpus.batch
 
-    def batch(seed, step, *args, **more):
-        if stopped and step == 4:
+    def batch(corpus, k, device):
+        if stopped and k == 4:
             signal.raise_signal(signal.SIGTERM)
-        return batch_of_step(seed, step, *args, **more)
+        return draw(corpus, k, device)
 
-    monkeypatch.setattr(session, "batch_of_step", batch)
+    monkeypatch.setattr(Corpus, "batch", batch)
     result = train()
     assert result.exit_code == 1
     assert "SAVE FAILED" in result.stderr

@@ -1,0 +1,107 @@
+"""The text of a run as a value: what it trains on, and the batch that each step draws from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from niels_gpt import streams
+from niels_gpt.batching import draw_rows, renormalise
+from niels_gpt.config import ModelConfig, TrainConfig
+from niels_gpt.loss import Batch
+from niels_gpt.lr_schedule import lr_of_step
+from niels_gpt.rng import keyed_generator
+from niels_gpt.state import TrainState
+from niels_gpt.step import StepFunction, batch_of_step, train_step
+from niels_gpt.streams import SourceInfo, StreamBuildConfig
+
+
+class Row(NamedTuple):
+    """A row of a batch: T + 1 bytes. The model reads all but the last, predicts all but the first.
+
+    `text` has them with those replaced that are not UTF-8, as at a cut through a character.
+    """
+
+    row: int
+    source: str
+    start: int  # the byte of the source that it begins at
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run trains and is evaluated on. Batch k is a function of this value and k alone."""
+
+    train: Mapping[str, bytes]  # by source
+    val: Mapping[str, bytes]
+    p: Mapping[str, float]  # probability of each source of `train`
+    seed: int
+    B: int  # rows of a batch
+    T: int  # bytes of a row
+    messages: Sequence[str] = ()  # what the user should know
+
+    def batch(self, k: int, device: torch.device | str = "cpu") -> Batch:
+        """Draw the batch of update k (from 0): x and y, each int64 (B, T) on `device`."""
+        return batch_of_step(self.seed, k, self.train, p=self.p, B=self.B, T=self.T, device=device)
+
+    def rows(self, k: int) -> list[Row]:
+        """Return the rows of batch k as text, and where each was cut from."""
+        generator = keyed_generator(self.seed, "batch", k)
+        drawn = draw_rows(self.train, p=self.p, B=self.B, T=self.T, generator=generator)
+        return [
+            Row(
+                i,
+                name,
+                start,
+                self.train[name][start : start + self.T + 1].decode(errors="replace"),
+            )
+            for i, (name, start) in enumerate(drawn)
+        ]
+
+    @cached_property
+    def sources(self) -> dict[str, dict[str, SourceInfo]]:
+        """Split -> source -> what the stream is; hashes what was not built by `streams`."""
+        splits = {"train": self.train, "val": self.val}
+        return {split: streams.describe_sources(given) for split, given in splits.items()}
+
+    @property
+    def record(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """`sources` as a checkpoint keeps them: the same on every machine."""
+        return {
+            split: {name: info.record() for name, info in infos.items()}
+            for split, infos in self.sources.items()
+        }
+
+
+def open_corpus(model_cfg: ModelConfig, train_cfg: TrainConfig, where: StreamBuildConfig) -> Corpus:
+    """Build the text of a run, and shift the shares of absent sources to those present.
+
+    Raises:
+        ValueError, RuntimeError: if a stream is too short, or there is nothing to train on.
+    """
+    train, val = streams.build_train_val_sources(model_cfg, train_cfg, build_cfg=where)
+    p = renormalise(train_cfg.p_train, train)
+    why: Mapping[str, str] = getattr(train, "missing", {})
+    shares = ", ".join(f"{name} {share:.4g}" for name, share in p.items())
+    left_out = [
+        f"{name}: left out ({why.get(name, 'no such source')}); the shares are now {shares}"
+        for name, share in train_cfg.p_train.items()
+        if share > 0 and name not in p
+    ]
+    messages = [*getattr(train, "messages", []), *left_out]
+    return Corpus(train, val, p, train_cfg.seed, train_cfg.B, model_cfg.T, messages)
+
+
+def next_batch(state: TrainState, corpus: Corpus) -> Batch:
+    """Draw the batch of the next step of a run, on the device of its state."""
+    return corpus.batch(state.step, state.params["tok_emb.weight"].device)
+
+
+def advance(
+    state: TrainState, corpus: Corpus, step: StepFunction = train_step
+) -> tuple[TrainState, dict[str, Tensor]]:
+    """Take the next step of a run, as the training loop does."""
+    return step(state, next_batch(state, corpus), lr_of_step(state.step, state.train_cfg))
