@@ -370,7 +370,7 @@ def test_a_damaged_stream_is_told(home):
     DAMAGES["a bit"](cache_files(home)["roam_val.bin"], bytes(9))
     train, _ = build_sources(config(home))
     assert len(train.messages) == 1
-    assert "roam_val.bin does not have the length and digest" in train.messages[0]
+    assert "roam_val.bin does not match the length and digest" in train.messages[0]
 
 
 def a_file_for_the_folder(cache_dir):
