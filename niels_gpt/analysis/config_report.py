@@ -1,4 +1,4 @@
-"""A resolved config with where each of its values came from. Standard library only."""
+"""A resolved config and the origin of each value. Standard library only."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -33,7 +33,7 @@ def resolve(
 ) -> tuple[list[Setting], dict[str, Any]]:
     """Resolve a config file (None for the defaults alone) and `--set` arguments.
 
-    Returns the settings, and the config as a document that a file could hold.
+    Returns the settings, and the config as a document that can be saved as a file.
 
     Raises:
         FileNotFoundError, ValueError: as `load_config_from_json`.
@@ -73,7 +73,7 @@ def _flat(doc: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _claim(origins: dict[str, str], keys: Iterable[str], origin: str) -> dict[str, str]:
-    """Let `origin` be where these keys, and all below them, came from."""
+    """Set the origin of these keys and all keys below them."""
     keys = tuple(keys)
     return {
         key: origin if any(key == k or key.startswith(f"{k}.") for k in keys) else before

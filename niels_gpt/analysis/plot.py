@@ -1,6 +1,6 @@
-"""Pictures and tables of `metrics.jsonl`: loss and learning rate of one or several runs.
+"""Pictures and tables of `metrics.jsonl`: loss and learning rate of one or more runs.
 
-Reading and tables need the standard library alone; `draw` needs the extra `plot` (matplotlib).
+Reading and tables need only the standard library; `draw` needs the extra `plot` (matplotlib).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 INSTALL = 'for a picture: pip install "niels-gpt[plot]"'
 
-# Okabe and Ito 2008, a palette that colour-blind readers tell apart
+# Okabe and Ito 2008, a palette for colour-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX"
 
@@ -37,7 +37,7 @@ class Curves(NamedTuple):
 
 
 class AxisX(NamedTuple):
-    """What runs along the x axis: the field of the records it is read from, and its unit."""
+    """The x axis: the field of the records, its unit, and its label."""
 
     field: str
     unit: float
@@ -59,24 +59,24 @@ def read_curves(path: Path, x: str = "steps", label: str | None = None) -> Curve
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it has no records, or none with what `x` needs.
+        ValueError: if it has no records, or they lack the field for `x`.
     """
     file = path / METRICS if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file}: no such file; a training writes it beside its checkpoints"
+            f"{file}: no such file; a training run writes it beside its checkpoints"
         )
     records = read_metrics(file)
     if not records:
-        raise ValueError(f"{file}: holds no records of a training")
+        raise ValueError(f"{file}: has no records of a training run")
     return curves(records, x, label or run_name(file), where=str(file))
 
 
 def curves(records: Iterable[Record], x: str, label: str, *, where: str = "the log") -> Curves:
-    """Sort records into series.
+    """Group records into series.
 
     Raises:
-        ValueError: if a record lacks the field that `x` is read from, or has no number in one.
+        ValueError: if a record lacks the field for `x`, or a value is not a number.
     """
     axis = X_AXES[x]
     records = list(records)
@@ -90,7 +90,7 @@ def curves(records: Iterable[Record], x: str, label: str, *, where: str = "the l
         if field in r and not isinstance(r[field], int | float)
     ]:
         step, field, value = wrong[0]
-        raise ValueError(f"{where}: step {step} has {field!r}: {value!r}, which is no number")
+        raise ValueError(f"{where}: step {step} has {field!r}: {value!r}, which is not a number")
 
     def points(kind: str, field: str) -> Points:
         return [
@@ -105,12 +105,12 @@ def curves(records: Iterable[Record], x: str, label: str, *, where: str = "the l
 
 
 def run_name(file: Path) -> str:
-    """Name a run by its folder, or by its file where that has a name of its own."""
+    """Return the name of a run: its folder's, or its file's unless that is metrics.jsonl."""
     return file.absolute().parent.name if file.name == METRICS else file.stem
 
 
 def distinct_labels(labels: Sequence[str]) -> list[str]:
-    """Number the labels that occur more than once."""
+    """Number labels that occur more than once."""
     seen: dict[str, int] = {}
     distinct = []
     for label in labels:
@@ -123,7 +123,7 @@ def distinct_labels(labels: Sequence[str]) -> list[str]:
 
 
 def table(runs: Sequence[Curves], x: str) -> list[str]:
-    """Return the numbers of the picture as lines, a row per logged point."""
+    """Return the numbers of the picture as lines, one per logged point."""
     head = f"{X_AXES[x].label:>14}  {'lr':>9}  {'train nats':>10}  {'val nats':>8}  {'val bits':>8}"
     lines = []
     for run in runs:
@@ -132,7 +132,7 @@ def table(runs: Sequence[Curves], x: str) -> list[str]:
 
 
 def rows(run: Curves) -> list[tuple[float, float | None, float | None, float | None]]:
-    """Return (x, lr, training loss, validation loss) by x, None where one is not recorded."""
+    """Return (x, lr, training loss, validation loss) sorted by x, None if not recorded."""
     lr, train, val = dict(run.lr), dict(run.train), dict(run.val)
     return [(x, lr.get(x), train.get(x), val.get(x)) for x in sorted({*lr, *train, *val})]
 
@@ -155,7 +155,7 @@ def _row(x: float, lr: float | None, train: float | None, val: float | None) -> 
 
 
 def have_matplotlib() -> bool:
-    """Tell whether pictures can be drawn."""
+    """Return whether matplotlib is installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -169,13 +169,13 @@ def save(runs: Sequence[Curves], x: str, paths: Iterable[Path]) -> None:
 
 
 def check_paths(paths: Iterable[Path]) -> None:
-    """Raise ValueError unless every path is of a kind of picture that can be made."""
+    """Raise ValueError unless every path ends in .png or .svg."""
     if wrong := [path for path in paths if path.suffix not in (".png", ".svg")]:
-        raise ValueError(f"{wrong[0]}: pictures are .png or .svg")
+        raise ValueError(f"{wrong[0]}: a picture must be .png or .svg")
 
 
 def save_figure(draw: Callable[[], Figure], paths: Iterable[Path]) -> None:
-    """Draw in the style of this project into files; the same figure gives the same bytes.
+    """Draw into files in this project's style; the same figure gives the same bytes.
 
     Raises:
         ValueError: for a suffix other than .png and .svg.
@@ -186,7 +186,7 @@ def save_figure(draw: Callable[[], Figure], paths: Iterable[Path]) -> None:
     paths = list(paths)
     check_paths(paths)
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in letters the font lacks
+        warnings.filterwarnings("ignore", message="Glyph")  # letters that the font lacks
         figure = draw()
         for path in paths:
             metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
@@ -230,7 +230,7 @@ def draw(runs: Sequence[Curves], x: str) -> Figure:
 
 
 def _legend_text(label: str) -> str:
-    """Keep matplotlib from hiding a label that begins with _, and from reading $ as mathematics."""
+    """Keep matplotlib from hiding labels that start with _ and reading $ as mathematics."""
     return (" " + label if label.startswith("_") else label).replace("$", r"\$")
 
 

@@ -1,9 +1,8 @@
 """How well a model predicts a text: nats and bits per byte, with a standard error.
 
-Two ways to look at a stream. `sampled_windows` are the random windows of `evaluate`: quick, and
-the same figure as the log of a training. `full_windows` slide over the stream and score each of
-its bytes once, so that the result depends on the text, the model and the stride alone: the figure
-to compare models by. `score` sums up either.
+`sampled_windows` are the random windows of `evaluate`: fast, with the same result as the log of a
+training run. `full_windows` slide over the stream and score each byte once: the result depends
+only on text, model and stride, so use it to compare models. `score` summarises either.
 """
 
 import math
@@ -18,18 +17,18 @@ from niels_gpt.eval import eval_batches
 from niels_gpt.loss import forward, rows_per_block
 from niels_gpt.state import TrainState
 
-FIRST_BYTE_NATS = math.log(256)  # nothing is known before it: all byte values alike
+FIRST_BYTE_NATS = math.log(256)  # it has no context: all byte values are equally likely
 
 
 class Window(NamedTuple):
-    """The outcome of one window: how many of its bytes were scored, and their loss in all."""
+    """The result of one window: the number of scored bytes, and their total loss."""
 
     scored: int
     nats: float
 
 
 class Score(NamedTuple):
-    """How well a stream was predicted, per byte."""
+    """The loss of a stream, per byte."""
 
     nats: float
     bits_per_byte: float
@@ -38,18 +37,18 @@ class Score(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A window of a stream: bytes from `start` on are read, the last `scored` targets count."""
+    """A window of a stream: bytes are read from `start`; the last `scored` targets count."""
 
     start: int
     scored: int
 
 
 def score(windows: Iterable[Window]) -> Score:
-    """Sum up windows; the same result in whatever order they come.
+    """Summarise windows; their order does not matter.
 
-    The standard error takes windows for independent draws (for windows of unequal size, that of a
-    ratio: Cochran 1977, eq. 6.13). Neighbours of a full score are not quite independent, so there
-    it is a little small.
+    The standard error assumes independent windows (for unequal sizes, that of a ratio: Cochran
+    1977, eq. 6.13). In a full score, neighbouring windows are slightly dependent, so it is a little
+    too small.
 
     Raises:
         ValueError: if nothing was scored.
@@ -57,7 +56,7 @@ def score(windows: Iterable[Window]) -> Score:
     windows = list(windows)
     count = sum(w.scored for w in windows)
     if not count:
-        raise ValueError("there is nothing to score: the text is empty")
+        raise ValueError("nothing to score: the text is empty")
     nats = math.fsum(w.nats for w in windows) / count
     n = len(windows)
     squares = math.fsum((w.nats - nats * w.scored) ** 2 for w in windows)
@@ -86,13 +85,13 @@ def full_windows(
 ) -> Iterator[Window]:
     """Score every byte of a stream exactly once.
 
-    The first byte has no context and counts as one of 256 alike: ln 256 nats. Those up to the
-    T-th see all that precedes them; each later one the T - stride + 1 to T bytes before it.
+    The first byte has no context and counts as ln 256 nats. The first T bytes see everything
+    before them, each later byte the T - stride + 1 to T bytes before it.
 
     Args:
-        stride: bytes from one window to the next, 1 to T, by default T // 2. Small ones give
-            more context and take longer: each byte is read T / stride times.
-        rows: windows computed at a time. It changes memory and speed, the result only by rounding.
+        stride: bytes from one window to the next, 1 to T, default T // 2. A smaller stride gives
+            more context and takes longer: each byte is read T / stride times.
+        rows: windows computed at a time. Affects memory and speed, the result only by rounding.
 
     Raises:
         ValueError: if the stride is not in 1 to T.
@@ -122,10 +121,10 @@ def sliding_spans(n: int, T: int, stride: int) -> list[Span]:
     """Cut a stream of n bytes into windows of T bytes, whose scored targets are bytes 1 to n - 1.
 
     The first scores all its targets, the others the last `stride` of them. The last window ends
-    with the stream, and begins earlier than its turn so that it has T bytes too.
+    with the stream and starts early enough to have T bytes too.
     """
     if not 1 <= stride <= T:
-        raise ValueError(f"stride={stride} has to be from 1 to T={T}")
+        raise ValueError(f"stride={stride} must be from 1 to T={T}")
     last = n - 1  # the highest index of a target
     if last < 1:
         return []

@@ -1,7 +1,7 @@
-"""Files that survive a power cut, and the lock that keeps a folder to one writer.
+"""Files that survive a power cut, and the lock that limits a folder to one writer.
 
-Standard library only, POSIX only. A file is *durable* when its bytes and its name would both be
-found again after the power failed: the bytes need an fsync of the file, the name one of the folder.
+Standard library only, POSIX only. A file is *durable* when both its bytes and its name survive a
+power failure: the bytes need an fsync of the file, the name an fsync of the folder.
 Every ``OSError`` raised here carries the errno and the path.
 """
 
@@ -19,7 +19,7 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
 class FolderInUseError(OSError):
-    """Another process holds the folder's lock; `holder` is its pid, None while not written yet."""
+    """Another process holds the folder's lock; `holder` is its pid, None until it is written."""
 
     def __init__(self, folder: Path, holder: int | None) -> None:
         who = "another process" if holder is None else f"process {holder}"
@@ -28,19 +28,19 @@ class FolderInUseError(OSError):
 
 
 def write_durably(paths: Sequence[Path], data: bytes | memoryview) -> None:
-    """Write `data` under each name in turn: a name is durable before the next one is begun.
+    """Write `data` under each name in turn; each name is durable before the next is started.
 
-    A reader, or the next start after a kill or a power cut, finds under each name the whole old
-    content or the whole new one. On an error no temporary is left and the names not yet reached
-    keep their old content; so does the name at which it happened, except when only the last
-    fsync of its folder failed: then the new content is in place, but a power cut may undo it.
+    A reader, or the next start after a kill or a power cut, finds under each name either the
+    complete old or the complete new content. On an error, no temporary file is left, and the
+    failing name and those after it keep their old content. If only the last fsync of the folder
+    failed, the new content is in place, but a power cut may undo it.
     """
     for path in paths:
         _replace(path, data)
 
 
 def append_bytes(path: Path, data: bytes) -> None:
-    """Append to a file, made if absent; durable after `sync_file`. A failed append is undone."""
+    """Append to a file, creating it if needed; durable after `sync_file`. Failures are undone."""
     with _named(path):
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         with _closing(fd):
@@ -54,7 +54,7 @@ def append_bytes(path: Path, data: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make what was written to `path`, and its name, durable."""
+    """Make the content and the name of `path` durable."""
     with _named(path):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         with _closing(fd):
@@ -63,7 +63,7 @@ def sync_file(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create `folder` and its missing parents, durably; nothing happens where it exists."""
+    """Create `folder` and its missing parents durably; do nothing if it exists."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -72,9 +72,9 @@ def make_folder(folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise the OSError that `make_folder`, or the first file in it, would meet; write nothing.
+    """Raise the OSError that creating `folder`, or a file in it, would raise; write nothing.
 
-    As far as permissions tell: a full disk, say, is met only by writing.
+    Only permissions are checked: a full disk, for example, shows only when writing.
     """
     nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     number = 0
@@ -87,9 +87,9 @@ def check_folder(folder: Path) -> None:
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> Path:
-    """Move files of `folder` into a new subfolder ``earlier-NNN`` of it, durably, and return that.
+    """Move files of `folder` durably into a new subfolder ``earlier-NNN``; return the subfolder.
 
-    Nothing is ever overwritten; killed half-way, each file is whole in one of the two places.
+    Nothing is overwritten. If killed midway, each file is complete in one of the two places.
     """
     aside = _new_subfolder(folder)
     try:
@@ -98,7 +98,7 @@ def set_aside(folder: Path, names: Iterable[str]) -> Path:
                 os.rename(folder / name, aside / name)
     except OSError:
         with contextlib.suppress(OSError):
-            aside.rmdir()  # where nothing was moved
+            aside.rmdir()  # if nothing was moved
         raise
     _sync_folder(aside)
     _sync_folder(folder)
@@ -106,10 +106,9 @@ def set_aside(folder: Path, names: Iterable[str]) -> Path:
 
 
 def remove_temporaries(folder: Path) -> list[str]:
-    """Remove what killed writers left half-written, and return the names.
+    """Remove temporary files left by killed writers, and return their names.
 
-    For the holder of the folder's lock: a writer at work without it would lose its temporary, and
-    fail.
+    The caller must hold the folder's lock: a writer at work would lose its temporary file and fail.
     """
     left = sorted(p.name for p in folder.iterdir() if _TEMPORARY.fullmatch(p.name))
     for name in left:
@@ -119,10 +118,10 @@ def remove_temporaries(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; raise `FolderInUseError` at once when somebody else does.
+    """Hold the folder's lock; raise `FolderInUseError` at once if another process holds it.
 
-    The lock is flock's, so that it ends with its holder, however that ends; the lock file stays
-    and holds the pid of the holder. Programs that the holder starts do not inherit the lock.
+    The lock (flock) ends with its holder, however that ends; the lock file stays and contains the
+    pid of the holder. Child processes do not inherit the lock.
     """
     path = folder / LOCK_NAME
     with _named(path):
@@ -184,7 +183,7 @@ def _sync_folder(folder: Path) -> None:
             try:
                 _flush(fd)
             except OSError as error:
-                if error.errno != errno.EINVAL:  # file systems whose folders cannot be synced
+                if error.errno != errno.EINVAL:  # some file systems cannot sync folders
                     raise
 
 
@@ -199,7 +198,7 @@ def _new_subfolder(folder: Path) -> Path:
 
 
 def _read_pid(fd: int) -> int | None:
-    """Return the pid in a lock file, unless it was left by a holder that was killed."""
+    """Return the pid in a lock file, or None if that process no longer exists."""
     digits = os.pread(fd, 32, 0).strip()
     if not digits.isdigit():
         return None
@@ -207,7 +206,7 @@ def _read_pid(fd: int) -> int | None:
         os.kill(int(digits), 0)
     except (ProcessLookupError, OverflowError):
         return None
-    except PermissionError:  # alive, and another user's
+    except PermissionError:  # alive, but owned by another user
         pass
     return int(digits)
 
@@ -222,7 +221,7 @@ def _closing(fd: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Give an `OSError` from a descriptor or a temporary the path that the user knows."""
+    """Give an `OSError` from a descriptor or a temporary file the path that the user knows."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,9 @@
-"""Read a file of `torch.save` that nobody vouches for.
+"""Load an untrusted `torch.save` file safely.
 
-`torch.load` checks no CRC of its own zip, and `weights_only` unpickling still lets a small file
-ask for a lot of memory. So the container and the instructions of the pickle are checked first,
-within fixed bounds of time and memory, and only what passes is handed to torch. What the
-decoded object then holds is the caller's to check.
+`torch.load` does not check the CRCs of the zip, and `weights_only` unpickling lets a small file
+allocate a lot of memory. So the container and the pickle instructions are checked first, within
+fixed bounds of time and memory, and only a file that passes is given to torch. The caller must
+check the decoded object.
 """
 
 import os
@@ -43,7 +43,7 @@ _GLOBALS = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, or must not be written; the message says why."""
+    """A checkpoint that is invalid or must not be written; the message says why."""
 
 
 def read_torch_file(path: Path) -> Any:
@@ -60,14 +60,14 @@ def read_torch_file(path: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except (CheckpointError, FileNotFoundError):
         raise
-    except Exception as error:  # decoders fail on damaged files in every way there is
+    except Exception as error:  # decoders raise almost anything on damaged files
         text = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())[:100]
         raise CheckpointError(f"cannot be read: {type(error).__name__}: {text}") from None
 
 
 @contextmanager
 def _open_regular(path: Path) -> Iterator[BinaryIO]:
-    """Open without waiting for the other end of a pipe; refuse all that is not a regular file."""
+    """Open without waiting for the other end of a pipe; refuse anything but a regular file."""
     if path.is_dir():
         raise CheckpointError("is a folder, not a checkpoint")
     try:
@@ -84,28 +84,28 @@ def _open_regular(path: Path) -> Iterator[BinaryIO]:
 
 
 def _check_archive(file: BinaryIO) -> None:
-    """Check the container as torch.save writes it: stored members, each once, each CRC right."""
+    """Check the zip: members stored uncompressed, each once, with the right names and CRCs."""
     size = file.seek(0, os.SEEK_END)
     _check_directory_end(file, size)
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         names = [member.filename for member in members]
         if len(set(names)) < len(names):
-            raise CheckpointError("the zip holds a member twice")
+            raise CheckpointError("the zip contains a member twice")
         if len({name.partition("/")[0] for name in names}) != 1:
-            raise CheckpointError("the zip is not one that torch.save writes")
+            raise CheckpointError("the zip was not written by torch.save")
         for member in members:
             if not _MEMBER.fullmatch(member.filename):
-                raise CheckpointError(f"the zip holds the unknown member {show(member.filename)}")
+                raise CheckpointError(f"the zip has the unknown member {show(member.filename)}")
             if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
                 raise CheckpointError(f"{member.filename} is compressed or encrypted")
             if member.file_size != member.compress_size:
-                raise CheckpointError(f"{member.filename} has two different sizes")
+                raise CheckpointError(f"{member.filename} has two sizes")
         if sum(member.file_size for member in members) > size:
             raise CheckpointError("the members are larger than the file")
         pickles = [member for member in members if member.filename.endswith("/data.pkl")]
         if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
-            raise CheckpointError("the zip has no data.pkl of a legal size")
+            raise CheckpointError("the zip has no data.pkl of a valid size")
         damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"{damaged} is damaged: its CRC does not match")
@@ -113,9 +113,9 @@ def _check_archive(file: BinaryIO) -> None:
 
 
 def _check_directory_end(file: BinaryIO, size: int) -> None:
-    """Bound the zip directory before `zipfile` reads it: the file ends with it, as torch writes it.
+    """Bound the size of the zip directory, which torch writes last, before `zipfile` reads it.
 
-    The end is a zip64 record of 56 bytes, its locator of 20 and the classic record of 22.
+    It ends with a zip64 record of 56 bytes, its locator of 20 and the classic record of 22.
     """
     end = struct.Struct("<4s20xQQQQ 4s16x 4s18x")
     file.seek(max(0, size - end.size))
@@ -124,29 +124,26 @@ def _check_directory_end(file: BinaryIO, size: int) -> None:
         raise CheckpointError(f"not a checkpoint: {size} bytes")
     zip64, _, members, length, offset, locator, classic = end.unpack(tail)
     if (zip64, locator, classic) != (b"PK\x06\x06", b"PK\x06\x07", b"PK\x05\x06"):
-        raise CheckpointError("cut short, or not a file of torch.save: no zip directory at its end")
+        raise CheckpointError("truncated, or not a torch.save file: no zip directory at its end")
     if members > MAX_MEMBERS or length > 512 * members or offset + length + end.size != size:
         raise CheckpointError("the zip directory is damaged")
 
 
 def _check_pickle(data: bytes) -> None:
-    """Read the instructions without following them; allow those that build plain data and tensors.
-
-    `weights_only` unpickling alone still lets a small file ask for much memory.
-    """
+    """Read the instructions without executing them; allow those for plain data and tensors."""
     previous = ""
     for count, (opcode, arg, position) in enumerate(pickletools.genops(data)):
         name = opcode.name
         if name not in _OPCODES:
             raise CheckpointError(f"data.pkl uses {name}, which no checkpoint needs")
         if name == "GLOBAL" and arg not in _GLOBALS:
-            raise CheckpointError(f"data.pkl names {show(arg)}, which no checkpoint needs")
+            raise CheckpointError(f"data.pkl refers to {show(arg)}, which no checkpoint needs")
         if name == "BUILD" and previous not in ("SETITEM", "SETITEMS"):
-            raise CheckpointError("data.pkl changes an object, which no checkpoint needs")
+            raise CheckpointError("data.pkl modifies an object, which no checkpoint needs")
         if count >= MAX_INSTRUCTIONS:
             raise CheckpointError(f"data.pkl has more than {MAX_INSTRUCTIONS} instructions")
         if name == "STOP" and position != len(data) - 1:
-            raise CheckpointError("data.pkl goes on after its end")
+            raise CheckpointError("data.pkl continues after its end")
         if name not in ("BINPUT", "LONG_BINPUT"):
             previous = name
 

@@ -1,8 +1,8 @@
-"""The training loop: a fold of the step over a counter, with everything that it touches handed in.
+"""The training loop: a fold of the step over a counter, with all I/O passed in.
 
-Order of duties after update k: log; where an evaluation is due, save `latest.pt`, evaluate, and
-save again with the result (`best.pt` if it is the best yet, `step_*.pt` if due, `latest.pt`
-last). So a killed evaluation loses nothing, and `best.pt` never knows less than `latest.pt`.
+Order of duties after update k: log; if an evaluation is due, save `latest.pt`, evaluate, and save
+again with the result (`best.pt` if it is the best yet, `step_*.pt` if due, `latest.pt` last). A
+killed evaluation thus loses nothing, and `best.pt` is never behind `latest.pt`.
 """
 
 import math
@@ -22,7 +22,7 @@ BEST = "best.pt"
 
 
 class Scores(NamedTuple):
-    """What a run knows of its evaluations; it goes with the state into every checkpoint."""
+    """The results of a run's evaluations, saved with the state in every checkpoint."""
 
     best_val_loss: float | None = None  # nats
     best_step: int | None = None
@@ -30,19 +30,19 @@ class Scores(NamedTuple):
     val_step: int | None = None
 
     def updated(self, step: int, val_loss: float) -> "Scores":
-        """Take in the evaluation after update `step`."""
+        """Return the scores after an evaluation at `step`."""
         if self.best_val_loss is None or val_loss < self.best_val_loss:
             return Scores(val_loss, step, val_loss, step)
         return self._replace(val_loss=val_loss, val_step=step)
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or a gradient norm that is NaN or infinite; the message names the step."""
+    """A loss or gradient norm is NaN or infinite; the message names the step."""
 
 
 @dataclass(frozen=True)
 class Ports:
-    """How the loop reaches the world. Steps count finished updates."""
+    """The loop's connections to the outside world. Steps count finished updates."""
 
     batch: Callable[[int], Batch]  # of the update after this many
     lr: Callable[[int], float]
@@ -53,21 +53,21 @@ class Ports:
     ]  # after every update: step, lr, metrics
     on_log: Callable[[int, float, dict[str, float]], None]
     on_eval: Callable[[int, Scores], None]
-    save: Callable[[Sequence[str], TrainState, Scores], bool]  # False: not saved, and said so
+    save: Callable[[Sequence[str], TrainState, Scores], bool]  # False: not saved, and reported
     check_stop: Callable[[], None]
-    may_stop: Callable[[], AbstractContextManager[None]]  # a signal may interrupt what is inside
-    check_each: bool  # look at the loss of every step before its state is adopted
+    may_stop: Callable[[], AbstractContextManager[None]]  # a signal may interrupt the code inside
+    check_each: bool  # check the loss of every step before adopting its state
 
 
 def run(state: TrainState, scores: Scores, ports: Ports) -> tuple[TrainState, Scores, bool]:
-    """Train until the config's `total_steps`; return the state, the scores, whether it is saved.
+    """Train to the config's `total_steps`; return the state, the scores, and whether it is saved.
 
     Raises:
-        NonFiniteError: if a loss or gradient norm is not finite; nothing of it is saved.
+        NonFiniteError: if a loss or gradient norm is not finite; that step is not saved.
         Stopped: after a signal, with the state saved as `latest.pt`.
     """
     cfg = state.train_cfg
-    saved = state.step > 0  # a state that was resumed is a file already
+    saved = state.step > 0  # a resumed state is a file already
     try:
         if state.step and evaluation_due(state) and scores.val_step != state.step:
             scores, saved = _evaluate(state, scores, ports)
@@ -114,7 +114,7 @@ def step_name(step: int) -> str:
 
 
 def evaluation_due(state: TrainState) -> bool:
-    """Tell whether this state is to be evaluated: every `eval_every` updates, and the last."""
+    """Return whether to evaluate this state: every `eval_every` updates, and after the last."""
     cfg = state.train_cfg
     return state.step % cfg.eval_every == 0 or state.step == cfg.total_steps
 

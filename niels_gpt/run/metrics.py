@@ -1,9 +1,9 @@
-"""metrics.jsonl: one JSON object a line for each log and each evaluation of a run.
+"""metrics.jsonl: one JSON object per line for each log and each evaluation of a run.
 
 Every object has `kind` ("train" or "eval"), `step` (finished updates) and `bytes` (of text in that
-many steps of the run's B and T). What depends on the clock is in `seconds` (since the run began,
-across resumes) and `bytes_per_s`; everything else is the same in every run of the same config on
-the same machine.
+many steps with the run's B and T). Only `seconds` (training time, across resumes) and
+`bytes_per_s` depend on the clock; all else is equal in every run of the same config on the same
+machine.
 """
 
 import json
@@ -20,7 +20,7 @@ Record = dict[str, Any]
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Return the records of a file up to the first line that is not one; [] without a file."""
+    """Return the records of a file up to the first invalid line; [] if there is no file."""
     records: list[Record] = []
     try:
         lines = path.read_bytes().splitlines()
@@ -38,7 +38,7 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def _is_record(value: object) -> bool:
-    """Tell whether a value has what its readers rely on."""
+    """Return whether a value has the fields that readers rely on."""
     return (
         isinstance(value, dict)
         and isinstance(value.get("kind"), str)
@@ -48,18 +48,18 @@ def _is_record(value: object) -> bool:
 
 
 def records_until(records: Iterable[Record], step: int, evaluated: int | None) -> list[Record]:
-    """Keep what a checkpoint of `step` knows, whose last evaluation was after `evaluated`."""
+    """Keep the records known to a checkpoint of `step`, last evaluated after `evaluated`."""
     last = {"train": step, "eval": -1 if evaluated is None else evaluated}
     return [r for r in records if r["step"] <= last.get(r.get("kind", ""), -1)]
 
 
 def to_lines(records: Iterable[Record]) -> bytes:
-    """Encode records, one JSON object a line."""
+    """Encode records, one JSON object per line."""
     return b"".join(json.dumps(r, allow_nan=False).encode() + b"\n" for r in records)
 
 
 class MetricsFile:
-    """Appends records to a file once that file is claimed; keeps them until then."""
+    """Appends records to a file once it is claimed; keeps them in memory until then."""
 
     def __init__(self, path: Path, records: Iterable[Record] = ()) -> None:
         self.path = path
@@ -70,7 +70,7 @@ class MetricsFile:
         """Append a record; it is durable after the next `sync`.
 
         Raises:
-            OSError: if it cannot be written now; it is kept and comes with the next one.
+            OSError: if it cannot be written; it is kept and written with the next one.
         """
         self._pending += to_lines([record])
         if self._claimed:
@@ -86,7 +86,7 @@ class MetricsFile:
         """Make all records durable.
 
         Raises:
-            OSError: if that fails; what could not be written is kept.
+            OSError: if that fails; unwritten records are kept.
         """
         self._append()
         durable.sync_file(self.path)

@@ -1,4 +1,4 @@
-"""What a user asks of the `train` command, as a value."""
+"""The options of the `train` command, as a value."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """One field per option of `train`; None stands for the option's default."""
+    """One field per option of `train`; None means the default."""
 
     config: str
     overrides: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
-"""Ctrl-C, SIGTERM and SIGHUP as an exception that is raised where it does no harm.
+"""Ctrl-C, SIGTERM and SIGHUP as an exception raised only where it is safe.
 
-The first signal is noted, and raised as `Stopped` by the next `check()`, or at once inside
-`immediately()`. A second one ends the process on the spot; files are whole at every moment, so
-nothing that was saved is lost by that.
+The first signal is recorded, and raised as `Stopped` by the next `check()`, or at once inside
+`immediately()`. A second one ends the process immediately; files are complete at every moment, so
+nothing that was saved is lost.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """The user asked the run to end; not an `Exception`, so that no library swallows it."""
+    """The user asked the run to stop. Not an `Exception`, so that no library swallows it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -25,7 +25,7 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """Turns the first of the signals into `Stopped`, while it is active."""
+    """Turns the first signal into `Stopped` while it is active."""
 
     def __init__(self) -> None:
         self._signum: int | None = None
@@ -33,13 +33,13 @@ class Stop:
 
     @contextlib.contextmanager
     def active(self) -> Iterator["Stop"]:
-        """Handle the signals inside; only Python's main thread may, elsewhere nothing happens."""
+        """Handle the signals inside. Outside Python's main thread this does nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
         before = {number: signal.getsignal(number) for number in SIGNALS}
         for number in SIGNALS:
-            if before[number] is not signal.SIG_IGN:  # nohup stays nohup
+            if before[number] is not signal.SIG_IGN:  # respect nohup
                 signal.signal(number, self._handle)
         try:
             yield self
@@ -48,13 +48,13 @@ class Stop:
                 signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise `Stopped` if a signal has come."""
+        """Raise `Stopped` if a signal has arrived."""
         if self._signum is not None:
             raise Stopped(self._signum)
 
     @contextlib.contextmanager
     def immediately(self) -> Iterator[None]:
-        """Let a signal raise `Stopped` at any point inside, which must leave nothing half done."""
+        """Let a signal raise `Stopped` at any point inside; the code inside must tolerate that."""
         self._immediate = True
         try:
             self.check()

@@ -94,7 +94,7 @@ def test_the_table_gives_nats_and_bits():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("", "holds no records"), ("not json\n", "holds no records")]
+    ("content", "message"), [("", "has no records"), ("not json\n", "has no records")]
 )
 def test_a_log_without_records_is_told(niels, tmp_path, content, message):
     (tmp_path / "metrics.jsonl").write_text(content)
@@ -112,7 +112,7 @@ def test_a_log_with_something_else_than_numbers_is_refused(niels, log, field):
     path = log("a", [{**RECORDS[0], field: "many"}])
     result = niels("plot", path, "--x", "bytes", "--table")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert f"{path}: step 1 has {field!r}: 'many', which is no number" in result.stderr
+    assert f"{path}: step 1 has {field!r}: 'many', which is not a number" in result.stderr
 
 
 def test_json_is_the_numbers(niels, log):
@@ -173,7 +173,7 @@ def test_pictures_are_the_same_bytes_each_time(niels, log, tmp_path):
 def test_a_picture_of_another_kind_is_refused(niels, log, tmp_path):
     result = niels("plot", log("a", RECORDS), "--out", "good.png", "--out", "loss.pdf")
     assert result.exit_code == 2
-    assert "loss.pdf: pictures are .png or .svg" in result.stderr
+    assert "loss.pdf: a picture must be .png or .svg" in result.stderr
     assert not (tmp_path / "good.png").exists()
 
 

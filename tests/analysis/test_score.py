@@ -71,7 +71,7 @@ def test_spans_cover_each_target_once_with_as_much_context_as_promised(n, T, dat
 
 @pytest.mark.parametrize("stride", [0, -1, 9])
 def test_a_stride_outside_the_window_is_refused(stride):
-    with pytest.raises(ValueError, match=f"stride={stride} has to be from 1 to T=8"):
+    with pytest.raises(ValueError, match=f"stride={stride} must be from 1 to T=8"):
         sliding_spans(100, 8, stride)
     with pytest.raises(ValueError, match=f"stride={stride} "):
         list(full_windows(make_state(SMALL, TrainConfig()), bytes(100), stride=stride))

@@ -201,50 +201,50 @@ FLAT = {"numel": 4, "size": (4,), "stride": (1,)}
 # name -> (bytes, pattern of the refusal)
 FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     # pickles that call something
-    "os.system": (lambda: pickled(reduce_to("os", "system", COMMAND)), "names os system"),
-    "posix.system": (lambda: pickled(reduce_to("posix", "system", COMMAND)), "names posix"),
+    "os.system": (lambda: pickled(reduce_to("os", "system", COMMAND)), "refers to os system"),
+    "posix.system": (lambda: pickled(reduce_to("posix", "system", COMMAND)), "refers to posix"),
     "eval": (
         lambda: pickled(reduce_to("builtins", "eval", f"__import__('os').system({COMMAND!r})")),
-        "names builtins eval",
+        "refers to builtins eval",
     ),
     "exec": (lambda: pickled(reduce_to("builtins", "exec", f"open({CANARY!r},'w')")), "exec"),
     "getattr chain": (
         lambda: pickled(b"cbuiltins\ngetattr\n(" + b"cos\nsys\n" + text("modules") + b"tR"),
-        "names builtins getattr",
+        "refers to builtins getattr",
     ),
     "subprocess": (lambda: pickled(reduce_to("subprocess", "getoutput", COMMAND)), "subprocess"),
-    "runpy": (lambda: pickled(reduce_to("runpy", "run_path", "x.py")), "names runpy"),
-    "torch.load": (lambda: pickled(reduce_to("torch", "load", "x.pt")), "names torch load"),
-    "torch.hub": (lambda: pickled(reduce_to("torch.hub", "load", "x")), "names torch.hub"),
+    "runpy": (lambda: pickled(reduce_to("runpy", "run_path", "x.py")), "refers to runpy"),
+    "torch.load": (lambda: pickled(reduce_to("torch", "load", "x.pt")), "refers to torch load"),
+    "torch.hub": (lambda: pickled(reduce_to("torch.hub", "load", "x")), "refers to torch.hub"),
     "a dotted global": (
         lambda: pickled(reduce_to("collections", "OrderedDict.fromkeys", "x")),
-        "names collections OrderedDict.fromkeys",
+        "refers to collections OrderedDict.fromkeys",
     ),
     "STACK_GLOBAL": (
         lambda: torch_zip(("data.pkl", b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x05touch\x85R.")),
         "uses SHORT_BINUNICODE",
     ),
     "INST": (lambda: pickled(b"(" + text(COMMAND) + b"ios\nsystem\n"), "uses INST"),
-    "OBJ": (lambda: pickled(b"(cos\nsystem\n" + text(COMMAND) + b"o"), "names os system"),
+    "OBJ": (lambda: pickled(b"(cos\nsystem\n" + text(COMMAND) + b"o"), "refers to os system"),
     "NEWOBJ": (lambda: pickled(ORDERED + b")\x81"), "uses NEWOBJ"),
     "EXT1": (lambda: pickled(b"\x82\x01"), "uses EXT1"),
     "PERSID": (lambda: pickled(b"P0\n"), "uses PERSID"),
     "BUILD of a class": (
         lambda: pickled(ORDERED + b"(" + text("clear") + b"t" + b"b"),
-        "changes an object",
+        "modifies an object",
     ),
     "BUILD of a tensor": (
         lambda: pickled(tensor(**FLAT) + b"(K\x01tb", _0=bytes(16)),
-        "changes an object",
+        "modifies an object",
     ),
     "bytearray of 10^12": (
         lambda: pickled(b"cbuiltins\nbytearray\n(" + number(10**12) + b"tR"),
-        "names builtins bytearray",
+        "refers to builtins bytearray",
     ),
-    "codecs": (lambda: pickled(reduce_to("_codecs", "encode", "x", "rot13")), "names _codecs"),
+    "codecs": (lambda: pickled(reduce_to("_codecs", "encode", "x", "rot13")), "refers to _codecs"),
     "numpy": (
         lambda: pickled(reduce_to("numpy.core.multiarray", "_reconstruct", "x")),
-        "names numpy",
+        "refers to numpy",
     ),
     "a parameter": (
         lambda: pickled(reduce_to("torch._utils", "_rebuild_parameter", "x")),
@@ -254,7 +254,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: pickled(reduce_to("torch._tensor", "_rebuild_from_type_v2", "x")),
         "_rebuild_from_type_v2",
     ),
-    "a whole module": (lambda: saved(torch.nn.Linear(1, 1)), "names torch.nn.modules.linear"),
+    "a whole module": (lambda: saved(torch.nn.Linear(1, 1)), "refers to torch.nn.modules.linear"),
     # pickles that ask for much
     "lists of lists": (lambda: pickled(nested_lists(40)), "more than|deeper than"),
     "lists of lists, shallow": (lambda: pickled(nested_lists(20)), "more than 200000 values"),
@@ -270,14 +270,14 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: pickled(b"}" + text("x") + b"](" + b"N" * 2_100_000 + b"es"),
         "more than 2000000 instructions",
     ),
-    "a pickle of 20 MB": (lambda: pickled(text("x" * 20_000_000)), "no data.pkl of a legal size"),
+    "a pickle of 20 MB": (lambda: pickled(text("x" * 20_000_000)), "no data.pkl of a valid size"),
     "memo index 2^32": (lambda: pickled(b"}r\xff\xff\xff\xff"), "lacks the keys"),
     "a text of 4 GB, claimed": (lambda: pickled(b"X\xff\xff\xff\xffab"), "cannot be read"),
     "LONG4 of 2 GB, claimed": (lambda: pickled(b"\x8b\xff\xff\xff\x7fab"), "cannot be read|LONG4"),
     "LONG in decimal digits": (lambda: pickled(b"L" + b"9" * 100_000 + b"L\n"), "cannot be|LONG"),
     "code after the end": (
         lambda: pickled(b"}." + reduce_to("os", "system", COMMAND)),
-        "goes on after its end",
+        "continues after its end",
     ),
     "no end": (lambda: torch_zip(("data.pkl", b"\x80\x02}")), "cannot be read"),
     "an empty pickle": (lambda: torch_zip(("data.pkl", b"\x80\x02.")), "cannot be read"),
@@ -349,13 +349,13 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: swapped(
             ln_f__bias=tensor(key="900", kind="ComplexFloat", numel=8, size=(8,), stride=(1,))
         ),
-        "names torch ComplexFloatStorage",
+        "refers to torch ComplexFloatStorage",
     ),
     "a quantized dtype": (
         lambda: swapped(
             ln_f__bias=tensor(key="900", kind="QInt8", numel=64, size=(64,), stride=(1,))
         ),
-        "names torch QInt8Storage",
+        "refers to torch QInt8Storage",
     ),
     "a tensor that wants gradients": (
         lambda: swapped(
@@ -411,11 +411,11 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "overlapping members": (lambda: overlapping(1000), "larger than the file|cannot be read"),
     "a member twice": (
         lambda: any_zip([*members_of(good()), ("archive/data.pkl", b"\x80\x02}.")]),
-        "holds a member twice",
+        "contains a member twice",
     ),
     "two folders": (
         lambda: any_zip([*members_of(good()), ("other/data.pkl", b"\x80\x02}.")]),
-        "not one that torch.save writes",
+        "not written by torch.save",
     ),
     "a TorchScript archive": (
         lambda: torch_zip(
@@ -445,13 +445,13 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "big-endian numbers": (lambda: edited_byteorder(), "cannot be read|is not finite|lacks|big"),
     "the old format of torch": (
         lambda: saved(random_payload(), _use_new_zipfile_serialization=False),
-        "not a file of torch.save",
+        "not a torch.save file",
     ),
-    "the tar format of torch": (legacy_tar, "not a file of torch.save"),
+    "the tar format of torch": (legacy_tar, "not a torch.save file"),
     "a plain pickle": (lambda: pickle.dumps({"step": 1}), "not a checkpoint"),
     "an empty file": (lambda: b"", "not a checkpoint: 0 bytes"),
-    "zeros": (lambda: bytes(100_000), "not a file of torch.save"),
-    "text": (lambda: b"PK\x03\x04 the quick brown fox\n" * 100, "not a file of torch.save"),
+    "zeros": (lambda: bytes(100_000), "not a torch.save file"),
+    "text": (lambda: b"PK\x03\x04 the quick brown fox\n" * 100, "not a torch.save file"),
     "an end alone": (lambda: with_torch_end(b"PK\x05\x06" + bytes(18)), "torch.save|no data.pkl"),
     "an ordinary zip": (lambda: ordinary_zip(), "no zip directory at its end"),
 }
@@ -506,7 +506,7 @@ NODES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a link to itself": (lambda path: path.symlink_to(path.name), "cannot be read"),
     "a socket": (lambda path: _socket(path), "cannot be read|not a regular file"),
     "a terabyte of nothing": (lambda path: _sparse(path, 1 << 40), "larger than"),
-    "ten gigabytes of nothing": (lambda path: _sparse(path, 10 << 30), "not a file of torch.save"),
+    "ten gigabytes of nothing": (lambda path: _sparse(path, 10 << 30), "not a torch.save file"),
 }
 
 
