@@ -20,6 +20,7 @@ import click
 import torch
 
 from benchmarks.sides import SIDES, make_side
+from niels_gpt.cli.shared.output import EnduringConsole
 from niels_gpt.config import load_config_from_json
 from niels_gpt.device import keep_freed_memory
 from niels_gpt.run import launch, session
@@ -71,7 +72,8 @@ def loop(config: str, steps: int) -> None:
         total = WARMUP + steps
         settings = {"total_steps": total, "eval_every": total, "ckpt_every": total, "eval_steps": 1}
         overrides = tuple(f"train.{key}={value}" for key, value in settings.items())
-        code = launch.carry_out(TrainOptions(config=config, overrides=overrides, out=Path(out)))
+        options = TrainOptions(config=config, overrides=overrides, out=Path(out))
+        code = launch.run_command(options, EnduringConsole())
     if code:
         raise SystemExit(code)
     calls = calls[WARMUP - 1 :]

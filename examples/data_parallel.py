@@ -20,9 +20,8 @@ from torch import Tensor
 
 from niels_gpt import ModelConfig
 from niels_gpt.cli.shared.options import PATH, source_options
+from niels_gpt.cli.shared.output import EnduringConsole, exit_on_failure
 from niels_gpt.config import find_config, load_config_from_json
-from niels_gpt.console import Console
-from niels_gpt.failures import exit_on_failure
 from niels_gpt.files import durable
 from niels_gpt.loss import Batch, Tree, gradients
 from niels_gpt.optim import to_tree, to_vector
@@ -57,7 +56,7 @@ def main(**given: Any) -> None:
     options = TrainOptions(device="cpu", compile=False, **given)
     with exit_on_failure(2):
         configs = load_config_from_json(find_config(options.config), options.overrides)
-        plan, console = make_plan(*configs, options), Console()
+        plan, console = make_plan(*configs, options), EnduringConsole()
     dist.init_process_group("gloo")
     same = hashlib.sha256(repr((configs, plan.corpus.record, plan.state.step)).encode()).digest()
     of_all = torch.tensor(list(same))

@@ -54,6 +54,11 @@ def imported(tree):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def tops(tree):
+    """Return the packages that a module imports from."""
+    return {name.split(".")[0] for name in imported(tree)}
+
+
 @cache
 def arrows():
     """Return the modules of the package that each of its modules imports."""
@@ -107,10 +112,15 @@ def test_only_the_command_line_imports_commands():
     assert {m for m in importers if not m.startswith("cli")} <= ENTRIES
 
 
+def test_only_the_command_line_knows_click():
+    knowing = {m for m, tree in modules().items() if "click" in tops(tree)}
+    assert {m for m in knowing if not m.startswith("cli")} == {"train"}
+
+
 @pytest.mark.parametrize("module", MATHS)
 def test_the_maths_stays_apart_from_the_world(module):
     tree = modules()[module]
-    assert not {name.split(".")[0] for name in imported(tree)} & THE_WORLD
+    assert not tops(tree) & THE_WORLD
     calls = {node.func.id for node in ast.walk(tree) if is_plain_call(node)}
     assert not calls & {"open", "print", "input", "exec", "eval", "hash", "id"}
 
@@ -126,8 +136,7 @@ def test_the_model_knows_no_optimizer_data_or_checkpoint(module):
 
 @pytest.mark.parametrize("module", ["config", "paths", "chat_format", "lr_schedule", "model.flops"])
 def test_some_modules_need_the_standard_library_only(module):
-    tops = {name.split(".")[0] for name in imported(modules()[module])}
-    assert tops <= {*sys.stdlib_module_names, "niels_gpt"}
+    assert tops(modules()[module]) <= {*sys.stdlib_module_names, "niels_gpt"}
 
 
 def python(code, *arguments):

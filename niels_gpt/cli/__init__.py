@@ -1,10 +1,6 @@
 """The `niels-gpt` command. Each module of this folder is one of its commands: it defines `main`."""
 
-import errno
-import io
 import platform
-import sys
-import warnings
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -12,8 +8,8 @@ from typing import Any
 import click
 
 from niels_gpt import __version__
-from niels_gpt.failures import describe
-from niels_gpt.terminal import give_up
+from niels_gpt.cli.shared.options import HELP
+from niels_gpt.cli.shared.output import console, process
 
 
 class Commands(click.Group):
@@ -31,50 +27,26 @@ class Commands(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; where its output cannot be written (a full disk), say so with code 1."""
-        try:
+        """Run a command; how it ends is the same for all of them."""
+        with process():
             return super().invoke(ctx)
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # `| head`, which click knows
-                raise
-            give_up(sys.stdout)
-            click.echo(f"error: {describe(error)}", err=True)
-            ctx.exit(1)
 
 
-def _show_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
-    """Print the versions and the device that decide what a run computes."""
-    if not wanted or ctx.resilient_parsing:
-        return
-    _silence_missing_numpy()
+@click.group(cls=Commands, context_settings=HELP, invoke_without_command=True, no_args_is_help=True)
+@click.option("--version", is_flag=True, help="Show the versions and the device.")
+@click.pass_context
+def main(ctx: click.Context, version: bool) -> None:
+    """Train a small byte-level GPT on your own text, and use it."""
+    if version:
+        console.say(_versions())
+        ctx.exit()
+
+
+def _versions() -> str:
+    """Name what decides the bits that a run computes."""
     import torch
 
     from niels_gpt.device import get_device
 
-    python = platform.python_version()
-    click.echo(
-        f"niels-gpt {__version__}, torch {torch.__version__}, Python {python}, "
-        f"device {get_device()}"
-    )
-    ctx.exit()
-
-
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--version",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_show_version,
-    help="Show the versions and the device.",
-)
-def main() -> None:
-    """Train a small byte-level GPT on your own text, and use it."""
-    _silence_missing_numpy()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # file names need not be text, nor stdout UTF-8
-
-
-def _silence_missing_numpy() -> None:
-    """Torch says on import that NumPy is not there; it has no use for it here."""
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    python, device = platform.python_version(), get_device()
+    return f"niels-gpt {__version__}, torch {torch.__version__}, Python {python}, device {device}"

@@ -6,14 +6,12 @@ import contextlib
 import io
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import click
 
-from niels_gpt.cli.shared.generation import generation_options, use_one_thread
+from niels_gpt.cli.shared.generation import Generation, generation_options
 from niels_gpt.cli.shared.options import HELP
-from niels_gpt.failures import exit_on_failure
-from niels_gpt.terminal import exit_on_interrupt, note, write
+from niels_gpt.cli.shared.output import console, exit_on_failure
 
 ASK = "> "
 
@@ -25,39 +23,23 @@ ASK = "> "
 @click.option("--message", metavar="TEXT", help="Say this, print the reply and end.")
 @click.option("--system", metavar="TEXT", help="What the assistant should know or be.")
 @generation_options
-def main(
-    message: str | None,
-    system: str | None,
-    ckpt: Path,
-    max_bytes: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    device: str | None,
-) -> None:
+def main(message: str | None, system: str | None, generation: Generation) -> None:
     """Talk with a model; /help lists the commands, Ctrl-D ends.
 
     Replies go to stdout, everything else to stderr. The same lines with the same seed get the
     same replies.
     """
-    with exit_on_interrupt():
-        with exit_on_failure(2):
-            from niels_gpt.device import resolve_device
-            from niels_gpt.inference.chat import Voice, answer, converse, new_chat
-            from niels_gpt.inference.generate import Sampling
-            from niels_gpt.inference.load import load_model
+    with exit_on_failure(2):
+        from niels_gpt.inference.chat import Voice, answer, converse, new_chat
 
-            sampling = Sampling(temperature, top_k, top_p)
-            trained = load_model(ckpt, resolve_device(device))
-            voice = Voice(trained.params, trained.cfg, sampling, max_bytes)
-            chat = new_chat(system and _whole(system), seed)
-        use_one_thread()
-        with exit_on_failure(1):
-            if message is None:
-                converse(voice, chat, _lines(), write, note)
-            else:
-                answer(voice, chat, _whole(message), write, note)
+        trained, sampling = generation.prepare()
+        voice = Voice(trained.params, trained.cfg, sampling, generation.max_bytes)
+        chat = new_chat(system and _whole(system), generation.seed)
+    with exit_on_failure(1):
+        if message is None:
+            converse(voice, chat, _lines(), console.write, console.tell)
+        else:
+            answer(voice, chat, _whole(message), console.write, console.tell)
 
 
 def _whole(argument: str) -> str:
@@ -74,8 +56,8 @@ def _lines() -> Iterator[str]:
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # what it gives to input() is the history
-    note("/help lists the commands, Ctrl-D ends")
+    console.tell("/help lists the commands, Ctrl-D ends")
     with contextlib.suppress(EOFError):
         while True:
             yield input(ASK)
-    click.echo(err=True)
+    console.warn("")

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from niels_gpt.cli.shared.options import HELP, PATH
-from niels_gpt.cli.shared.report import print_json
-from niels_gpt.failures import exit_on_failure
-from niels_gpt.terminal import write
+from niels_gpt.cli.shared.output import console, exit_on_failure
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.checkpoint_report import Comparison, Verdict
@@ -37,10 +35,7 @@ def info(path: Path, as_json: bool) -> None:
         from niels_gpt.analysis.checkpoint_report import describe_checkpoint
 
         found = describe_checkpoint(path)
-    if as_json:
-        print_json(found)
-    else:
-        write("\n".join(_info_lines(found)) + "\n")
+    console.result(found, _info_lines(found), as_json=as_json)
 
 
 @main.command(epilog="Example: niels-gpt checkpoint verify checkpoints/")
@@ -56,10 +51,8 @@ def verify(paths: tuple[Path, ...], as_json: bool) -> None:
 
         files = [file for path in paths for file in checkpoint_report.checkpoints_in(path)]
         verdicts = [checkpoint_report.verify(file) for file in files]
-    if as_json:
-        print_json([{**v._asdict(), "path": str(v.path)} for v in verdicts])
-    else:
-        write("\n".join(map(_verdict_line, verdicts)) + "\n")
+    value = [{**v._asdict(), "path": str(v.path)} for v in verdicts]
+    console.result(value, map(_verdict_line, verdicts), as_json=as_json)
     sys.exit(1 if any(v.problem for v in verdicts) else 0)
 
 
@@ -79,10 +72,7 @@ def diff(a: Path, b: Path, n: int, as_json: bool) -> None:
         from niels_gpt.analysis.checkpoint_report import compare
 
         found = compare(a, b)
-    if as_json:
-        print_json(found)
-    else:
-        write("\n".join(_diff_lines(found, n)) + "\n")
+    console.result(found, _diff_lines(found, n), as_json=as_json)
 
 
 @main.command(epilog="Example: niels-gpt checkpoint export checkpoints/best.pt model.safetensors")
@@ -99,7 +89,7 @@ def export(path: Path, out: Path, force: bool) -> None:
         from niels_gpt.inference.export import export as write_export
 
         written = write_export(path, out, overwrite=force)
-    click.echo("\n".join(map(str, written)))
+    console.say(*map(str, written))
 
 
 def _info_lines(found: dict[str, Any]) -> list[str]:

@@ -4,9 +4,8 @@ import click
 
 from niels_gpt.analysis.config_report import Setting, resolve
 from niels_gpt.cli.shared.options import CONFIG, HELP
-from niels_gpt.cli.shared.report import print_json
+from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.config import find_config
-from niels_gpt.failures import exit_on_failure
 
 
 @click.group(context_settings=HELP)
@@ -33,10 +32,8 @@ def show(config: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """
     with exit_on_failure(2):
         settings, resolved = resolve(None if config is None else find_config(config), overrides)
-    if as_json:
-        print_json({"config": resolved, "from": {s.key: s.origin for s in settings}})
-    else:
-        click.echo("\n".join(_lines(settings)))
+    value = {"config": resolved, "from": {s.key: s.origin for s in settings}}
+    console.result(value, _lines(settings), as_json=as_json)
 
 
 def _lines(settings: list[Setting]) -> list[str]:

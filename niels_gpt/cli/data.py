@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
 from niels_gpt.cli.shared.options import CONFIG, HELP, Command, Places, source_options
-from niels_gpt.cli.shared.report import print_json
+from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_from_json
-from niels_gpt.failures import exit_on_failure
-from niels_gpt.terminal import write
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.data_report import LeftOut, Source
@@ -51,10 +48,8 @@ def info(config: str | None, places: Places, as_json: bool) -> None:
         from niels_gpt.analysis.data_report import survey
 
         found = survey(_where(config, places)[2])
-    if as_json:
-        print_json(found)
-    else:
-        write("".join(f"{line}\n" for source in found for line in _source_lines(source)))
+    lines = [line for source in found for line in _source_lines(source)]
+    console.result(found, lines, as_json=as_json)
 
 
 @main.command(epilog="Example: niels-gpt data build --roam ~/notes")
@@ -82,7 +77,7 @@ def build(
                 force_rebuild=rebuild,
             )
         )
-    _tell([*train.messages, *train.left_out()])
+    console.tell(*train.messages, *train.left_out())
     _show_streams(train, val, as_json)
 
 
@@ -98,7 +93,7 @@ def fetch(as_json: bool) -> None:
         from niels_gpt.streams import fetch_wikitext
 
         train, val = fetch_wikitext()
-    _tell(train.messages)
+    console.tell(*train.messages)
     _show_streams(train, val, as_json)
 
 
@@ -126,13 +121,12 @@ def sample(
 
         corpus = open_corpus(model_cfg, train_cfg, where)
         rows = corpus.rows(step - 1)[:n]
-    _tell(corpus.messages)
-    if as_json:
-        print_json(rows)
-        return
-    for row in rows:
-        click.echo(f"--- step {step}, row {row.row}: {row.source} from byte {row.start:,} ---")
-        write(row.text + "\n")
+    console.tell(*corpus.messages)
+    lines = [
+        f"--- step {step}, row {row.row}: {row.source} from byte {row.start:,} ---\n{row.text}"
+        for row in rows
+    ]
+    console.result(rows, lines, as_json=as_json)
 
 
 def _where(
@@ -152,21 +146,16 @@ def _where(
     )
 
 
-def _tell(messages: Iterable[str]) -> None:
-    for message in messages:
-        click.echo(f"note: {message}", err=True)
-
-
 def _show_streams(train: Sources, val: Sources, as_json: bool) -> None:
     from niels_gpt.streams import describe_sources
 
     found = {split: describe_sources(s) for split, s in (("train", train), ("val", val))}
-    if as_json:
-        print_json(found)
-        return
-    for split, infos in found.items():
-        for name, info in infos.items():
-            click.echo(f"{f'{split}/{name}':<14}{info}")
+    lines = [
+        f"{f'{split}/{name}':<14}{info}"
+        for split, infos in found.items()
+        for name, info in infos.items()
+    ]
+    console.result(found, lines, as_json=as_json)
 
 
 def _source_lines(source: Source) -> list[str]:

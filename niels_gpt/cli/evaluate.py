@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from niels_gpt.cli.shared.options import HELP, PATH, Places, source_options
-from niels_gpt.cli.shared.report import print_json
+from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.config import SOURCE_NAMES
-from niels_gpt.failures import exit_on_failure
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.evaluation import Report
@@ -79,28 +77,18 @@ def main(
             ),
             evaluation.Full(stride, rows) if full else evaluation.Sampled(seed, steps),
             device=resolve_device(device),
-            on_progress=_show_progress,
+            on_progress=lambda name, done, total: console.progress(name)(done, total),
         )
-    for message in report.messages:
-        click.echo(f"note: {message}", err=True)
-    if as_json:
-        _print_json(ckpt, report)
-    else:
-        click.echo("\n".join(_lines(report)))
+    console.tell(*report.messages)
+    console.result(_value(ckpt, report), _lines(report), as_json=as_json)
 
 
-def _show_progress(name: str, done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        line = f"\r{name}: {100 * done // total} %" if done < total else "\r\x1b[K"
-        click.echo(line, err=True, nl=False)
-
-
-def _print_json(ckpt: Path, report: Report) -> None:
+def _value(ckpt: Path, report: Report) -> dict[str, Any]:
     sources = {
         name: {**score._asdict(), **report.infos[name]._asdict()}
         for name, score in report.scores.items()
     }
-    print_json({"checkpoint": str(ckpt), "step": report.step, **report.method, "sources": sources})
+    return {"checkpoint": str(ckpt), "step": report.step, **report.method, "sources": sources}
 
 
 def _lines(report: Report) -> list[str]:

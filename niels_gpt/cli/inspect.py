@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from niels_gpt.cli.shared.options import HELP, PATH, Places, source_options
-from niels_gpt.cli.shared.report import print_json
-from niels_gpt.failures import describe, exit_on_failure
-from niels_gpt.terminal import exit_on_interrupt
+from niels_gpt.cli.shared.output import console, describe, exit_on_failure
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.influence import Influence
@@ -70,7 +67,7 @@ def main(
 
     documents: the notes on which a step lowers the wiki validation loss most, and least.
     """
-    with exit_on_interrupt(), exit_on_failure(2):
+    with exit_on_failure(2):
         from niels_gpt.analysis import influence, noise, sharpness
         from niels_gpt.analysis.replay import open_corpus_of
         from niels_gpt.checkpoint import load_state
@@ -80,8 +77,7 @@ def main(
         state, payload = load_state(ckpt, device=resolve_device(device))
         sources = locate(places)
         corpus, messages = open_corpus_of(payload, ckpt, state, sources)
-        for message in messages:
-            click.echo(f"note: {message}", err=True)
+        console.tell(*messages)
         wanted = only or PARTS
         documents = []
         if "documents" in wanted:
@@ -91,19 +87,19 @@ def main(
                 if only:
                     raise
                 wanted = tuple(part for part in wanted if part != "documents")
-                click.echo(f"note: no documents: {describe(error)}; give --roam DIR", err=True)
+                console.tell(f"no documents: {describe(error)}; give --roam DIR")
         found: dict[str, Any] = {"checkpoint": str(ckpt), "step": state.step}
         lines = [f"{ckpt.name}, after step {state.step}"]
         if "noise" in wanted:
             rows, drop = noise.next_rows(state, corpus, batches)
             products = noise.row_products(
-                state.params, rows, state.model_cfg, drop, on_progress=_progress("row")
+                state.params, rows, state.model_cfg, drop, on_progress=console.progress("row")
             )
             found["noise"] = scale = noise.noise_scale(*products)
             lines += _noise_lines(scale, state)
         if "sharpness" in wanted:
             found["sharpness"] = curvature = sharpness.curvature(
-                state, corpus, iterations=iterations, on_progress=_progress("product")
+                state, corpus, iterations=iterations, on_progress=console.progress("product")
             )
             lines += _curvature_lines(curvature, state)
         if "documents" in wanted:
@@ -113,19 +109,10 @@ def main(
                 documents,
                 batches=batches,
                 windows=windows,
-                on_progress=_progress("piece"),
+                on_progress=console.progress("piece"),
             )
             lines += _worth_lines(worth, top)
-    print_json(found) if as_json else click.echo("\n".join(lines))
-
-
-def _progress(what: str) -> Callable[[int, int], None]:
-    def show(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            end = "\r\x1b[K" if done == total else ""
-            click.echo(f"\r{what} {done} of {total}{end}", err=True, nl=False)
-
-    return show
+    console.result(found, lines, as_json=as_json)
 
 
 def _noise_lines(noise: NoiseScale, state: TrainState) -> list[str]:

@@ -7,8 +7,7 @@ import click
 from niels_gpt import paths
 from niels_gpt.analysis import plot
 from niels_gpt.cli.shared.options import HELP, PATH
-from niels_gpt.cli.shared.report import print_json
-from niels_gpt.failures import exit_on_failure
+from niels_gpt.cli.shared.output import console, exit_on_failure, to_json
 
 
 @click.command(
@@ -47,12 +46,12 @@ def main(
         labels = plot.distinct_labels([run.label for run in found])
         found = [run._replace(label=label) for run, label in zip(found, labels, strict=True)]
         if as_json:
-            print_json(found)
+            console.say(to_json(found))
         elif as_table or not plot.have_matplotlib():
-            click.echo("\n".join(plot.table(found, x)))
+            console.say(*plot.table(found, x))
             if not as_table:
-                click.echo(plot.INSTALL, err=True)
+                console.warn(plot.INSTALL)
         else:
             pictures = list(out) or [Path("loss.png"), Path("loss.svg")]
             plot.save(found, x, pictures)
-            click.echo("\n".join(map(str, pictures)))
+            console.say(*map(str, pictures))

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from niels_gpt.cli.shared.options import HELP, PATH, Places, source_options
-from niels_gpt.cli.shared.report import print_json
-from niels_gpt.failures import exit_on_failure
-from niels_gpt.terminal import exit_on_interrupt, write
+from niels_gpt.cli.shared.output import console, exit_on_failure
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.replay import StepView, Verdict
@@ -52,7 +49,7 @@ def main(
     """
     if (end is None) == (step is None):
         raise click.UsageError("give either --to PATH or --step N")
-    with exit_on_interrupt(), exit_on_failure(2):
+    with exit_on_failure(2):
         from niels_gpt import paths
         from niels_gpt.analysis.replay import replay_files, view_files
         from niels_gpt.device import resolve_device
@@ -61,26 +58,18 @@ def main(
         device, sources = resolve_device(device), locate(places)
         if end is not None:
             verdict = replay_files(start, end, sources, device, _show_step)
-            _tell(verdict.notes)
-            print_json(verdict) if as_json else click.echo("\n".join(_verdict_lines(verdict)))
+            console.tell(*verdict.notes)
+            console.result(verdict, _verdict_lines(verdict), as_json=as_json)
             sys.exit(0 if verdict.identical else 1)
         assert step is not None
         folder = start or paths.CHECKPOINT_DIR
         view, begin, notes = view_files(folder, step, sources, device, _show_step)
-        _tell([*notes, f"step {step} was reached from {begin}"])
-        print_json(view) if as_json else write("\n".join([*_view_lines(view), ""]))
+        console.tell(*notes, f"step {step} was reached from {begin}")
+        console.result(view, _view_lines(view), as_json=as_json)
 
 
 def _show_step(step: int) -> None:
-    if sys.stderr.isatty():
-        click.echo(f"\rstep {step} ", err=True, nl=False)
-
-
-def _tell(notes: Iterable[str]) -> None:
-    if sys.stderr.isatty():
-        click.echo("\r\x1b[K", err=True, nl=False)
-    for note in notes:
-        click.echo(f"note: {note}", err=True)
+    console.show(f"step {step}")
 
 
 def _verdict_lines(verdict: Verdict) -> list[str]:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from niels_gpt.cli.shared.generation import generation_options, use_one_thread
+from niels_gpt.cli.shared.generation import Generation, generation_options
 from niels_gpt.cli.shared.options import HELP
-from niels_gpt.failures import exit_on_failure
-from niels_gpt.terminal import exit_on_interrupt, note, write
+from niels_gpt.cli.shared.output import console, exit_on_failure, to_json
 
 if TYPE_CHECKING:
     from niels_gpt.inference.generate import Sampling
@@ -38,48 +35,37 @@ GROUP = 64  # samples in one pass
 @click.option("-n", "n", type=click.IntRange(1), default=1, help="Number of samples.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @generation_options
-def main(
-    prompt: str,
-    n: int,
-    as_json: bool,
-    ckpt: Path,
-    max_bytes: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    device: str | None,
-) -> None:
+def main(prompt: str, n: int, as_json: bool, generation: Generation) -> None:
     """Write text that goes on from a prompt, as it is generated.
 
     The same checkpoint, prompt and seed give the same text. Sample i of -n is the same for
     every n. An empty prompt begins with a new line.
     """
-    with exit_on_interrupt():
-        with exit_on_failure(2):
-            from niels_gpt.device import resolve_device
-            from niels_gpt.inference.generate import Sampling, window_start
-            from niels_gpt.inference.load import load_model
+    with exit_on_failure(2):
+        from niels_gpt.inference.generate import window_start
 
-            sampling = Sampling(temperature, top_k, top_p)
-            trained = load_model(ckpt, resolve_device(device))
-            start = _read_prompt(prompt)
-        if unseen := window_start(len(start), trained.cfg.T):
-            note(f"the prompt has {len(start):,} bytes; the last {len(start) - unseen} are seen")
-        use_one_thread()
-        with exit_on_failure(1):
-            began = time.perf_counter()
-            if as_json:
-                texts = _texts(trained, start, max_bytes, seed, n, sampling)
-                write(_as_json(ckpt, trained, start, seed, sampling, texts) + "\n")
-            elif n == 1:
-                _write_stream(trained, start, max_bytes, seed, sampling)
-            else:
-                for i, text in enumerate(_texts(trained, start, max_bytes, seed, n, sampling)):
-                    write(f"--- sample {i} ---\n{_decode(start + text)}\n")
-            seconds = time.perf_counter() - began
-        rate = n * max_bytes / max(seconds, 1e-9)
-        note(f"{n * max_bytes:,} bytes in {seconds:.1f} s, {rate:,.0f} bytes/s")
+        trained, sampling = generation.prepare()
+        start = _read_prompt(prompt)
+    if unseen := window_start(len(start), trained.cfg.T):
+        console.tell(
+            f"the prompt has {len(start):,} bytes; the last {len(start) - unseen} are seen"
+        )
+    with exit_on_failure(1):
+        began = time.perf_counter()
+        texts = _texts(generation, trained, sampling, start, n)
+        if as_json:
+            console.say(to_json(_value(generation, trained, start, texts)))
+        elif n == 1:
+            for piece in _pieces(generation, trained, sampling, start):
+                console.write(piece)
+            console.say("")
+        else:
+            for i, text in enumerate(texts):
+                console.say(f"--- sample {i} ---", _decode(start + text))
+        seconds = time.perf_counter() - began
+    nbytes = n * generation.max_bytes
+    rate = nbytes / max(seconds, 1e-9)
+    console.tell(f"{nbytes:,} bytes in {seconds:.1f} s, {rate:,.0f} bytes/s")
 
 
 def _read_prompt(prompt: str) -> bytes:
@@ -89,60 +75,50 @@ def _read_prompt(prompt: str) -> bytes:
     return prompt.encode("utf-8", "surrogateescape")
 
 
-def _write_stream(
-    trained: Trained, start: bytes, max_bytes: int, seed: int, sampling: Sampling
-) -> None:
+def _pieces(
+    generation: Generation, trained: Trained, sampling: Sampling, start: bytes
+) -> Iterator[str]:
+    """Generate one sample; yield its text, the prompt first, as it grows."""
     from niels_gpt.inference.generate import decode_stream, stream
 
+    max_bytes, seed = generation.max_bytes, generation.seed
     steps = stream(trained.params, trained.cfg, start, max_bytes, seed=seed, sampling=sampling)
-    for piece in decode_stream(chain([start], steps)):
-        write(piece)
-    write("\n")
+    return decode_stream(chain([start], steps))
 
 
 def _texts(
-    trained: Trained, start: bytes, max_bytes: int, seed: int, n: int, sampling: Sampling
+    generation: Generation, trained: Trained, sampling: Sampling, start: bytes, n: int
 ) -> Iterator[bytes]:
+    """Generate n samples, some at a time."""
     from niels_gpt.inference.generate import generate
 
     for first in range(0, n, GROUP):
-        samples = range(first, min(first + GROUP, n))
         yield from generate(
             trained.params,
             trained.cfg,
             start,
-            max_bytes,
-            seed=seed,
-            samples=samples,
+            generation.max_bytes,
+            seed=generation.seed,
+            samples=range(first, min(first + GROUP, n)),
             sampling=sampling,
         )
 
 
-def _as_json(
-    ckpt: Path,
-    trained: Trained,
-    start: bytes,
-    seed: int,
-    sampling: Sampling,
-    texts: Iterable[bytes],
-) -> str:
-    return json.dumps(
-        {
-            "checkpoint": str(ckpt),
-            "step": trained.payload["step"],
-            "seed": seed,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "prompt": _decode(start),
-            "samples": [
-                {"sample": i, "bytes": len(text), "text": _decode(text)}
-                for i, text in enumerate(texts)
-            ],
-        },
-        ensure_ascii=False,
-        indent=2,
-    )
+def _value(
+    generation: Generation, trained: Trained, start: bytes, texts: Iterable[bytes]
+) -> dict[str, Any]:
+    return {
+        "checkpoint": str(generation.ckpt),
+        "step": trained.payload["step"],
+        "seed": generation.seed,
+        "temperature": generation.temperature,
+        "top_k": generation.top_k,
+        "top_p": generation.top_p,
+        "prompt": _decode(start),
+        "samples": [
+            {"sample": i, "bytes": len(text), "text": _decode(text)} for i, text in enumerate(texts)
+        ],
+    }
 
 
 def _decode(text: bytes) -> str:

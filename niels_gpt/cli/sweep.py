@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from niels_gpt.cli.shared.options import HELP, PATH, Places, source_options
-from niels_gpt.cli.shared.report import print_json
-from niels_gpt.failures import exit_on_failure
-from niels_gpt.terminal import exit_on_interrupt
+from niels_gpt.cli.shared.output import console, exit_on_failure
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.sweep import Cell, Cost, Suggestion
@@ -69,7 +66,7 @@ def main(
     initial weights, batches and dropout, not the text or what the models are evaluated on.
     `min_lr` keeps its ratio to the learning rate.
     """
-    with exit_on_interrupt(), exit_on_failure(2):
+    with exit_on_failure(2):
         from niels_gpt.analysis import plot, sweep
         from niels_gpt.config import find_config, load_config_from_json
         from niels_gpt.corpus import open_corpus
@@ -90,39 +87,29 @@ def main(
             range(train_cfg.seed, train_cfg.seed + seeds),
         )
         corpus = open_corpus(model_cfg, train_cfg, locate(places))
-        for message in corpus.messages:
-            click.echo(f"note: {message}", err=True)
+        console.tell(*corpus.messages)
         budget = sweep.memory_budget() if memory is None else int(memory * 1e9)
         each = sweep.member_bytes(model_cfg, train_cfg.B)
         parts = sweep.groups(cfgs, each, budget)
         if each > budget:
-            click.echo(f"note: {_memory_note(each, budget)}", err=True)
+            console.tell(_memory_note(each, budget))
         cost = sweep.cost(model_cfg, parts, corpus, device, solo=solo)
-    click.echo(_cost_line(cost, solo), err=not dry_run or as_json)
     if dry_run:
-        if as_json:
-            print_json({"cost": cost})
+        console.result({"cost": cost}, [_cost_line(cost, solo)], as_json=as_json)
         return
-    with exit_on_interrupt(), exit_on_failure(1):
+    console.warn(_cost_line(cost, solo))
+    with exit_on_failure(1):
         train = sweep.train_alone if solo else sweep.train_together
         found = []
         for part in parts:
-            states = train(model_cfg, part, corpus, device, on_step=_show_step)
+            states = train(model_cfg, part, corpus, device, on_step=console.progress("step"))
             found += sweep.results(states, corpus.val["wiki"], train_cfg.seed)
         cells = sweep.cells(found)
         best = sweep.suggest(cells)
-        if as_json:
-            print_json({"cost": cost, "results": found, "cells": cells, "suggestion": best})
-        else:
-            click.echo("\n".join(_lines(cells, best)))
+        value = {"cost": cost, "results": found, "cells": cells, "suggestion": best}
+        console.result(value, _lines(cells, best), as_json=as_json)
         if picture:
             plot.save_figure(lambda: sweep.draw(cells), picture)
-
-
-def _show_step(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        end = "\r\x1b[K" if done == total else ""
-        click.echo(f"\rstep {done:,} of {total:,}{end}", err=True, nl=False)
 
 
 def _cost_line(cost: Cost, solo: bool) -> str:

@@ -12,13 +12,13 @@ from niels_gpt.checkpoint import (
     state_payload,
     write_checkpoint,
 )
-from niels_gpt.console import Console
 from niels_gpt.files import durable
 from niels_gpt.files.torchfile import CheckpointError
 from niels_gpt.record import checkpoint_extra
 from niels_gpt.run.loop import Scores
 from niels_gpt.run.metrics import MetricsFile
 from niels_gpt.run.plan import Plan
+from niels_gpt.run.progress import Console
 from niels_gpt.state import TrainState
 
 

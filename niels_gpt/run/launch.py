@@ -1,4 +1,4 @@
-"""Carry out a `train` command: check, lock the folder, run, return an exit code.
+"""Run a `train` command: check, lock the folder, run, return an exit code.
 
 The codes: 0 done, 2 refused before the first step, 1 failed after that, 128 + n after signal n.
 Torch is imported only once the config is known to be good.
@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from typing import TYPE_CHECKING
 
 from niels_gpt.config import find_config, load_config_from_json
-from niels_gpt.console import Console
 from niels_gpt.device import keep_freed_memory
-from niels_gpt.failures import USER_ERRORS, describe
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.stop import Stop, Stopped
 
 if TYPE_CHECKING:
     from niels_gpt.run.plan import Plan
+    from niels_gpt.run.progress import Console
 
 
-def carry_out(options: TrainOptions) -> int:
+def run_command(options: TrainOptions, console: Console) -> int:
     """Run the command and return its exit code; everything else is told on the console."""
-    console, stop = Console(), Stop()
+    stop = Stop()
     with stop.active(), contextlib.ExitStack() as locks:
         try:
             with stop.immediately():
@@ -37,8 +35,8 @@ def carry_out(options: TrainOptions) -> int:
         except Stopped as stopped:
             console.warn(f"stopped by {stopped} before the first step: nothing to save")
             return stopped.exit_code
-        except USER_ERRORS as error:
-            console.warn(f"error: {describe(error)}")
+        except (ValueError, OSError, RuntimeError) as error:
+            console.fail(error)
             return 2
         from niels_gpt.run.session import train
 
@@ -49,8 +47,6 @@ def _prepare(options: TrainOptions, locks: contextlib.ExitStack) -> Plan:
     """Check the config before torch is imported, so that a mistake is told at once."""
     model_cfg, train_cfg = load_config_from_json(find_config(options.config), options.overrides)
     keep_freed_memory()
-    # Torch has no use for NumPy here, and says on import that it is not there.
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     from niels_gpt.files import durable
     from niels_gpt.run.plan import make_plan, output_folder
 

@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Protocol
 
 from torch import Tensor
 
-from niels_gpt.console import Console
 from niels_gpt.run.loop import Scores
 from niels_gpt.run.metrics import MetricsFile
 from niels_gpt.run.plan import Plan
 from niels_gpt.state import TrainState
 
 
+class Console(Protocol):
+    """Where a run tells what it does; the command line has one that writes to the terminal."""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether somebody sees the live line."""
+
+    def say(self, *lines: str) -> None:
+        """Print lines."""
+
+    def show(self, line: str) -> None:
+        """Replace the live line."""
+
+    def tell(self, *messages: str) -> None:
+        """Tell the user something about the run."""
+
+    def warn(self, line: str) -> None:
+        """Print a message."""
+
+    def fail(self, error: BaseException | str, hint: str = "") -> None:
+        """Say what went wrong."""
+
+
 def say_opening(plan: Plan, console: Console) -> None:
     """Say what is trained, on what, from where."""
-    for message in plan.messages:
-        console.warn(f"note: {message}")
+    console.tell(*plan.messages)
     for split, infos in plan.corpus.sources.items():
-        for name, info in infos.items():
-            console.say(f"{split}/{name}: {info}")
+        console.say(*(f"{split}/{name}: {info}" for name, info in infos.items()))
     state = plan.state
     count = sum(p.numel() for p in state.params.values())
     step_bytes = state.train_cfg.B * state.model_cfg.T

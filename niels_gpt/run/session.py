@@ -6,9 +6,7 @@ import shlex
 from itertools import chain
 from pathlib import Path
 
-from niels_gpt.console import Console
 from niels_gpt.eval import evaluate
-from niels_gpt.failures import describe
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.run import loop
 from niels_gpt.run.compile import choose_step
@@ -16,7 +14,7 @@ from niels_gpt.run.folder import Folder
 from niels_gpt.run.loop import LATEST, NonFiniteError
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.plan import Plan
-from niels_gpt.run.progress import Reporter, say_opening
+from niels_gpt.run.progress import Console, Reporter, say_opening
 from niels_gpt.run.stop import Stop, Stopped
 from niels_gpt.step import StepFunction, train_step
 
@@ -35,10 +33,10 @@ def train(plan: Plan, options: TrainOptions, console: Console, stop: Stop) -> in
         console.warn(resume_line(options, folder.path))
         return stopped.exit_code if folder.is_saved else 1
     except (NonFiniteError, RuntimeError, MemoryError, OSError) as error:
-        console.warn(f"error: {describe(error)}; {folder.last_good()}")
+        console.fail(error, folder.last_good())
         return 1
     if not saved:
-        console.warn(f"error: the final save failed; {folder.last_good()}")
+        console.fail("the final save failed", folder.last_good())
         return 1
     reporter.closing(state, scores)
     console.say(resume_line(options, folder.path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 import sys
@@ -60,21 +59,6 @@ def test_what_stdout_cannot_write_is_no_traceback(niels_process, tmp_path):
         "config", "show", "--config", name, "--json", PYTHONIOENCODING="ascii", PYTHONUTF8="0"
     )
     assert (odd.returncode, plain.returncode) == (0, 0), plain.stderr
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full: Linux")
-def test_a_full_disk_is_one_message_and_code_1():
-    with open("/dev/full", "w") as full:
-        result = subprocess.run(
-            [sys.executable, "-m", "niels_gpt", "config", "show"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONUNBUFFERED": ""},  # what the buffer holds is written at exit
-        )
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: ")
-    assert "Traceback" not in result.stderr
 
 
 def test_an_unknown_command_is_told(niels):

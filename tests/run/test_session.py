@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from niels_gpt.checkpoint import load_checkpoint
-from niels_gpt.console import Console
+from niels_gpt.cli.shared.output import EnduringConsole
 from niels_gpt.corpus import Corpus
 from niels_gpt.files import durable
 from niels_gpt.run import folder
@@ -105,12 +105,7 @@ def test_a_log_that_cannot_be_written_costs_no_checkpoint_and_no_record(
 
 
 def test_on_a_terminal_a_line_shows_where_the_run_is(train, monkeypatch):
-    class Terminal(Console):
-        def __init__(self):
-            super().__init__()
-            self.is_live = True
-
-    monkeypatch.setattr("niels_gpt.run.launch.Console", Terminal)
-    shown = train().stdout
-    for words in ("step 1/6  loss ", "  lr 0.0003  ", " bytes/s  ", " left\r"):
+    monkeypatch.setattr(EnduringConsole, "is_live", True)
+    shown = train().stderr
+    for words in ("step 1/6  loss ", "  lr 0.0003  ", " bytes/s  ", " left"):
         assert words in shown, words

@@ -2,47 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from niels_gpt.cli.shared.options import PATH
+from niels_gpt.cli.shared.options import PATH, Command
 
-Command = Callable[..., Any]
+if TYPE_CHECKING:
+    from niels_gpt.inference.generate import Sampling
+    from niels_gpt.inference.load import Trained
+
+
+class Generation(NamedTuple):
+    """What a user asks of a model that generates text."""
+
+    ckpt: Path
+    max_bytes: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
+    device: str | None
+
+    def prepare(self) -> tuple[Trained, Sampling]:
+        """Load the model, and check how it is to be drawn from.
+
+        One byte is too little work to share, so torch computes with one thread from now on. On a
+        machine that is busy with other programs, two threads that wait for each other were measured
+        ten times slower than one.
+
+        Raises:
+            OSError, ValueError: with what is wrong.
+        """
+        import torch
+
+        from niels_gpt.device import resolve_device
+        from niels_gpt.inference.generate import Sampling
+        from niels_gpt.inference.load import load_model
+
+        sampling = Sampling(self.temperature, self.top_k, self.top_p)
+        trained = load_model(self.ckpt, resolve_device(self.device))
+        torch.set_num_threads(1)
+        return trained, sampling
 
 
 def generation_options(command: Command) -> Command:
-    """Add --ckpt, --max-bytes, --temperature, --top-k, --top-p, --seed and --device."""
-    for option in reversed(
-        (
-            click.option("--ckpt", type=PATH, required=True, metavar="PATH", help="Checkpoint."),
-            click.option(
-                "--max-bytes", type=click.IntRange(0), default=512, help="At most so many bytes."
-            ),
-            click.option(
-                "--temperature", type=float, default=0.8, help="0: always the likeliest byte."
-            ),
-            click.option("--top-k", type=int, metavar="K", help="Only the K likeliest bytes."),
-            click.option(
-                "--top-p", type=float, metavar="P", help="Only the likeliest that reach P together."
-            ),
-            click.option("--seed", type=int, default=42, help="Same seed, same text."),
-            click.option(
-                "--device", metavar="NAME", help="cpu, mps or cuda; by default mps where it is."
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+    """Add an option for each field of `Generation`; the command gets them as `generation`."""
+
+    @functools.wraps(command)
+    def with_generation(**given: Any) -> Any:
+        fields = {name: given.pop(name) for name in Generation._fields}
+        return command(generation=Generation(**fields), **given)
+
+    decorated: Command = with_generation
+    for option in reversed(_OPTIONS):
+        decorated = option(decorated)
+    return decorated
 
 
-def use_one_thread() -> None:
-    """Let torch compute with one thread.
-
-    One byte is too little work to share. On a machine that is busy with other programs, two threads
-    that wait for each other were measured ten times slower than one.
-    """
-    import torch
-
-    torch.set_num_threads(1)
+_OPTIONS = (
+    click.option("--ckpt", type=PATH, required=True, metavar="PATH", help="Checkpoint."),
+    click.option("--max-bytes", type=click.IntRange(0), default=512, help="At most so many bytes."),
+    click.option("--temperature", type=float, default=0.8, help="0: always the likeliest byte."),
+    click.option("--top-k", type=int, metavar="K", help="Only the K likeliest bytes."),
+    click.option(
+        "--top-p", type=float, metavar="P", help="Only the likeliest that reach P together."
+    ),
+    click.option("--seed", type=int, default=42, help="Same seed, same text."),
+    click.option("--device", metavar="NAME", help="cpu, mps or cuda; by default mps where it is."),
+)

@@ -1,0 +1,183 @@
+"""The one place that prints: text, messages and a live line, and how a command ends.
+
+Results go to stdout, messages to stderr. A live line is shown on stderr where a terminal is.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TextIO
+
+USER_ERRORS = (ValueError, OSError, RuntimeError)
+
+# A terminal would obey these (move the cursor, ring, change its title): it is shown U+FFFD instead.
+_CONTROLS = dict.fromkeys([*range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0)], "\ufffd")
+
+
+class Console:
+    """Text on stdout, messages on stderr, and on a terminal one line that replaces itself."""
+
+    def __init__(self) -> None:
+        self._is_line_shown = False
+
+    @property
+    def is_live(self) -> bool:
+        """Whether somebody sees the live line."""
+        return sys.stderr.isatty()
+
+    def write(self, text: str) -> None:
+        """Write to stdout at once, whatever its encoding."""
+        self._clear()
+        if error := _write(text, sys.stdout):
+            self._lose_stdout(error)
+
+    def say(self, *lines: str) -> None:
+        """Print lines on stdout."""
+        self.write("".join(f"{line}\n" for line in lines))
+
+    def warn(self, line: str) -> None:
+        """Print a line on stderr."""
+        self._clear()
+        _write(line + "\n", sys.stderr)
+
+    def tell(self, *messages: str) -> None:
+        """Tell the user something that is not a result."""
+        for message in messages:
+            self.warn(f"note: {message}")
+
+    def fail(self, error: BaseException | str, hint: str = "") -> None:
+        """Say what went wrong."""
+        self.warn(f"error: {describe(error)}" + f"; {hint}" * bool(hint))
+
+    def show(self, line: str) -> None:
+        """Replace the live line; what is printed next removes it."""
+        if self.is_live:
+            self._clear()
+            _write(line, sys.stderr)
+            self._is_line_shown = True
+
+    def progress(self, what: str) -> Callable[[int, int], None]:
+        """Return what shows how much is done as the live line, "row 3 of 8"."""
+        return lambda done, total: self.show(f"{what} {done:,} of {total:,}")
+
+    def result(self, value: object, lines: Iterable[str], *, as_json: bool) -> None:
+        """Print a result: the value as JSON, or the lines that say the same."""
+        if as_json:
+            self.say(to_json(value))
+        else:
+            self.say(*lines)
+
+    def _clear(self) -> None:
+        if self._is_line_shown:
+            self._is_line_shown = False
+            _write("\r\x1b[K", sys.stderr, as_is=True)
+
+    def _lose_stdout(self, error: OSError | ValueError) -> None:
+        """End the process: with code 0 where the reader has gone (`| head`), else with 1."""
+        if isinstance(error, BrokenPipeError):
+            sys.exit(0)
+        self.fail(error)
+        sys.exit(1)
+
+
+class EnduringConsole(Console):
+    """Goes on without a stdout that cannot be written: that must not end a training."""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether somebody sees the live line, and what is printed at its place."""
+        return super().is_live and sys.stdout.isatty()
+
+    def _lose_stdout(self, error: OSError | ValueError) -> None:
+        pass
+
+
+console = Console()  # that of this process
+
+
+def to_json(value: object) -> str:
+    """Encode named tuples, dicts and lists as JSON; what is not finite becomes null."""
+    return json.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(text: str, stream: TextIO, *, as_is: bool = False) -> OSError | ValueError | None:
+    """Write what the stream's encoding has, at once; give the stream up where that fails."""
+    try:
+        if stream.isatty() and not as_is:
+            text = text.translate(_CONTROLS)
+        encoding = stream.encoding or "utf-8"
+        stream.write(text.encode(encoding, "replace").decode(encoding))
+        stream.flush()
+    except (OSError, ValueError) as error:  # ValueError: the stream is closed
+        _give_up(stream)
+        return error
+    return None
+
+
+def _give_up(stream: TextIO) -> None:
+    """Let what is still written to this stream vanish, also what its buffer holds at exit."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+# --- how a command ends ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def process() -> Iterator[None]:
+    """Run a command as a process: streams to write to, and an end that is an exit code.
+
+    Ctrl-C ends it with code 130; output of click that cannot be written with 0 or 1, as ours.
+    """
+    _replace_closed_streams()
+    # Torch says on import that NumPy is not there; it has no use for it here.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.warn("")
+        sys.exit(130)
+    except OSError as error:
+        _give_up(sys.stdout)
+        console._lose_stdout(error)
+
+
+@contextlib.contextmanager
+def exit_on_failure(code: int) -> Iterator[None]:
+    """End the process with `code` and one message on stderr when the block fails."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        console.fail(error)
+        sys.exit(code)
+
+
+def describe(error: BaseException | str) -> str:
+    """Return the one message: for a system error the path, what failed, and the errno."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror} (errno {error.errno})"
+    return str(error)
+
+
+def _replace_closed_streams() -> None:
+    """Lead streams that were closed from the start nowhere.
+
+    A file that is opened later would otherwise become stdout or stderr, where others write.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # the lowest number free

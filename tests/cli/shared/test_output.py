@@ -1,0 +1,97 @@
+"""How commands print and end: whatever becomes of their streams, and on Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+
+from niels_gpt.cli.shared.output import Console, describe, to_json
+
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is full: Linux")
+
+
+def bash(command, tmp_path, **more):
+    """Run a line of bash with $NIELS as the command; return the finished process."""
+    niels = f"{sys.executable} -m niels_gpt"
+    env = {**os.environ, "NIELS": niels, "HOME": str(tmp_path), "PYTHONUNBUFFERED": ""}
+    more = {"capture_output": True, "text": True, **more}
+    return subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=env, timeout=120, check=False, **more
+    )
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+@pytest.mark.parametrize("words", ["config show", "checkpoint verify absent.pt", "--version"])
+def test_streams_that_are_closed_from_the_start_leave_the_exit_code(tmp_path, words, closed):
+    whole = bash(f"$NIELS {words}", tmp_path)
+    result = bash(f"$NIELS {words} {closed}", tmp_path)
+    assert result.returncode == whole.returncode
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ("" if closed.startswith(">") else whole.stdout)
+
+
+@FULL
+@pytest.mark.parametrize("words", ["config show", "config show --json", "data --help"])
+def test_a_full_disk_is_one_message_and_code_1(tmp_path, words):
+    result = bash(f"$NIELS {words} > /dev/full", tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == "error: [Errno 28] No space left on device\n"
+
+
+@FULL
+def test_messages_that_cannot_be_written_leave_the_result(tmp_path):
+    result = bash("$NIELS data info 2> /dev/full", tmp_path)
+    assert (result.returncode, "primer" in result.stdout) == (0, True)
+
+
+@pytest.mark.parametrize("words", ["config show", "data --help"])
+def test_a_reader_that_goes_away_has_what_it_wanted(tmp_path, words):
+    result = bash(f"$NIELS {words} | true; exit ${{PIPESTATUS[0]}}", tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("words", [["config", "show"], ["plot"], ["checkpoint", "verify", "a"]])
+def test_ctrl_c_is_code_130_in_every_command(niels, monkeypatch, words):
+    def interrupt(*args, **more):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("niels_gpt.cli.config.resolve", interrupt)
+    monkeypatch.setattr("niels_gpt.analysis.plot.check_paths", interrupt)
+    monkeypatch.setattr("niels_gpt.analysis.checkpoint_report.checkpoints_in", interrupt)
+    result = niels(*words)
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "\n")
+
+
+def test_a_message_takes_the_place_of_the_live_line(monkeypatch, capsys):
+    monkeypatch.setattr(Console, "is_live", True)
+    console = Console()
+    console.progress("row")(1, 1200)
+    console.progress("row")(2, 1200)
+    console.tell("a", "b")
+    console.say("c")
+    out, err = capsys.readouterr()
+    assert err == "row 1 of 1,200\r\x1b[Krow 2 of 1,200\r\x1b[Knote: a\nnote: b\n"
+    assert out == "c\n"
+
+
+def test_without_a_terminal_there_is_no_live_line(capsys):
+    Console().show("step 1")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_json_has_null_for_what_is_not_finite():
+    pair = namedtuple("pair", "a b")
+    assert to_json([pair(1, float("nan")), {"c": (float("inf"), "é")}]).split() == [
+        *("[", "{", '"a":', "1,", '"b":', "null", "},"),
+        *("{", '"c":', "[", "null,", '"é"', "]", "}", "]"),
+    ]
+
+
+def test_a_system_error_is_told_with_its_path():
+    assert describe(OSError(28, "No space left", "x.pt")) == "x.pt: No space left (errno 28)"
+    assert describe(ValueError("H=3")) == "H=3"
