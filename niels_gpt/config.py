@@ -1,4 +1,4 @@
-"""The two configs of a run as frozen, checked values, and the strict JSON they are read from.
+"""The two configs of a run as frozen, validated values, and their strict JSON format.
 
 Standard library only, so that a bad config is reported before torch is imported.
 """
@@ -33,7 +33,7 @@ def default_p_train() -> dict[str, float]:
 def _bounds(
     low: float, high: float, meaning: str, *, open_low: bool = False, open_high: bool = False
 ) -> dict[str, Any]:
-    """Return dataclass field metadata: the legal range and what the value means."""
+    """Return dataclass field metadata: the valid range and the meaning of a value."""
     return {
         "low": low,
         "high": high,
@@ -45,16 +45,16 @@ def _bounds(
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a GPT. Raises one ValueError that lists every illegal value."""
+    """The shape of a GPT. Raises one ValueError that lists every invalid value."""
 
     V: int = field(default=256, metadata=_bounds(1, 65_536, "vocabulary, byte values"))
     T: int = field(default=256, metadata=_bounds(1, 1_048_576, "context length, bytes"))
     C: int = field(default=256, metadata=_bounds(2, 65_536, "width of the residual stream"))
     L: int = field(default=4, metadata=_bounds(1, 1_024, "number of blocks"))
-    H: int = field(default=4, metadata=_bounds(1, 1_024, "attention heads; C/H has to be even"))
+    H: int = field(default=4, metadata=_bounds(1, 1_024, "attention heads; C/H must be even"))
     d_ff: int = field(default=1024, metadata=_bounds(1, 1_048_576, "width inside the MLP"))
     dropout: float = field(
-        default=0.1, metadata=_bounds(0, 1, "probability to drop an activation", open_high=True)
+        default=0.1, metadata=_bounds(0, 1, "probability of dropping an activation", open_high=True)
     )
     rope_theta: float = field(
         default=10000.0, metadata=_bounds(1e-6, 1e12, "base of the rotary frequencies")
@@ -66,27 +66,22 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a run goes. Raises one ValueError that lists every illegal value.
+    """The settings of a run. Raises one ValueError that lists every invalid value.
 
-    `p_train` is the config's own copy of what was given; None stands for `default_p_train()`.
-    It makes the config unhashable.
+    `p_train` is copied; None means `default_p_train()`. It makes the config unhashable.
     """
 
     seed: int = field(default=42, metadata=_bounds(0, 2**63 - 1, "key of every random draw"))
-    B: int = field(default=32, metadata=_bounds(1, 1_048_576, "rows of a batch"))
+    B: int = field(default=32, metadata=_bounds(1, 1_048_576, "rows per batch"))
     total_steps: int = field(default=20000, metadata=_bounds(1, 10**9, "updates in the run"))
-    eval_every: int = field(
-        default=200, metadata=_bounds(1, 10**9, "updates from one evaluation to the next")
-    )
-    eval_steps: int = field(default=100, metadata=_bounds(1, 10**9, "batches of an evaluation"))
-    log_every: int = field(
-        default=50, metadata=_bounds(1, 10**9, "updates from one log line to the next")
-    )
+    eval_every: int = field(default=200, metadata=_bounds(1, 10**9, "updates between evaluations"))
+    eval_steps: int = field(default=100, metadata=_bounds(1, 10**9, "batches per evaluation"))
+    log_every: int = field(default=50, metadata=_bounds(1, 10**9, "updates between log lines"))
     ckpt_every: int = field(
-        default=1000, metadata=_bounds(1, 10**9, "updates from one step_*.pt to the next")
+        default=1000, metadata=_bounds(1, 10**9, "updates between step_*.pt files")
     )
     base_lr: float = field(
-        default=3e-4, metadata=_bounds(0, LARGEST_FLOAT, "learning rate after the warmup")
+        default=3e-4, metadata=_bounds(0, LARGEST_FLOAT, "learning rate after warmup")
     )
     warmup_steps: int = field(default=200, metadata=_bounds(0, 10**9, "updates of linear warmup"))
     min_lr: float = field(
@@ -94,10 +89,10 @@ class TrainConfig:
     )
     grad_clip: float = field(
         default=1.0,
-        metadata=_bounds(0, LARGEST_FLOAT, "largest global norm of the gradient", open_low=True),
+        metadata=_bounds(0, LARGEST_FLOAT, "maximum global norm of the gradient", open_low=True),
     )
     weight_decay: float = field(
-        default=0.1, metadata=_bounds(0, LARGEST_FLOAT, "AdamW's decoupled decay")
+        default=0.1, metadata=_bounds(0, LARGEST_FLOAT, "decoupled weight decay")
     )
     p_train: dict[str, float] = field(
         default_factory=default_p_train,
@@ -121,7 +116,7 @@ SECTIONS: dict[str, type[ModelConfig] | type[TrainConfig]] = {
 
 
 def _adopt(config: ModelConfig | TrainConfig, problems: list[str]) -> None:
-    """Raise if there are problems; else make each number a plain one of its field's type."""
+    """Raise if there are problems; else convert each number to its field's type."""
     if problems:
         raise ValueError(f"{type(config).__name__}: " + "; ".join(problems))
     for f in fields(config):
@@ -132,7 +127,7 @@ def _adopt(config: ModelConfig | TrainConfig, problems: list[str]) -> None:
 def _field_problems(
     cls: type[ModelConfig] | type[TrainConfig], values: Mapping[str, object], prefix: str = ""
 ) -> list[str]:
-    """Return one line per illegal value; rules between fields are checked on legal values only."""
+    """Return one line per invalid value; relations are checked between valid values only."""
     problems = []
     legal: dict[str, Any] = {}
     for f in fields(cls):
@@ -158,14 +153,14 @@ def _number_problem(value: object, *, whole: bool, bounds: Mapping[str, Any]) ->
         and (value < high if bounds["open_high"] else value <= high)
     ):
         return None
-    kind = "a whole number" if whole else "a number"
+    kind = "an integer" if whole else "a number"
     left, right = "(" if bounds["open_low"] else "[", ")" if bounds["open_high"] else "]"
-    return f"has to be {kind} in {left}{low}, {high}{right}"
+    return f"must be {kind} in {left}{low}, {high}{right}"
 
 
 def _p_train_problem(value: object) -> str | None:
     if not isinstance(value, Mapping) or not value:
-        return "has to be an object of source names and probabilities"
+        return "must be an object of source names and probabilities"
     names = [_show(name) for name in value if not (isinstance(name, str) and name)]
     if names:
         return f"has keys that are not source names: {', '.join(names)}"
@@ -179,7 +174,7 @@ def _p_train_problem(value: object) -> str | None:
         return f"has values that are not probabilities from 0 to 1: {', '.join(wrong)}"
     total = math.fsum(value.values())
     if abs(total - 1) > 1e-6:
-        return f"sums to {total:.9g}, has to sum to 1"
+        return f"sums to {total:.9g}, must sum to 1"
     return None
 
 
@@ -190,14 +185,14 @@ def _relation_problems(legal: Mapping[str, Any]) -> list[str]:
         if C % H:
             problems.append(f"H={H} does not divide C={C}")
         elif C // H % 2:
-            problems.append(f"C={C} over H={H} gives the odd head width {C // H}, has to be even")
+            problems.append(f"C={C} over H={H} gives the odd head width {C // H}; it must be even")
     if "min_lr" in legal and "base_lr" in legal and legal["min_lr"] > legal["base_lr"]:
         problems.append(f"min_lr={legal['min_lr']} is above base_lr={legal['base_lr']}")
     return problems
 
 
 def _show(value: object) -> str:
-    """Return a short ASCII picture of any value, as JSON writes it where JSON can."""
+    """Return any value as short ASCII text, as JSON if possible."""
     if isinstance(value, int) and value.bit_length() > 512:
         return f"(an integer of {value.bit_length()} bits)"
     try:
@@ -215,7 +210,7 @@ def _shorten(text: str) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Parse one JSON value as RFC 8259 means it; ValueError says what is wrong and where.
+    """Parse one JSON value strictly as in RFC 8259; ValueError says what is wrong and where.
 
     Refused beyond what `json` refuses: duplicate keys, NaN and Infinity, numbers that overflow a
     float, integers over 100 digits, and nesting deeper than the interpreter's stack.
@@ -265,8 +260,11 @@ def _short_int(digits: str) -> int:
 def load_json(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Any:
     """Read one JSON value from a UTF-8 file, strictly (see `parse_json`).
 
-    FileNotFoundError where there is no such file, else ValueError that names the file. Reads at
-    most `max_bytes` + 1 bytes.
+    Reads at most `max_bytes` + 1 bytes.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if it cannot be read or is invalid.
     """
     try:
         with open(path, "rb") as file:
@@ -276,9 +274,9 @@ def load_json(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> 
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # a NUL byte in the name
-        raise ValueError(f"{str(path)!r} is no file name: {error}") from None
+        raise ValueError(f"{str(path)!r} is not a file name: {error}") from None
     if max_bytes is not None and len(data) > max_bytes:
-        raise ValueError(f"{path}: larger than {max_bytes} bytes, that is no config")
+        raise ValueError(f"{path}: larger than {max_bytes} bytes, not a config")
     if data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f"{path}: begins with a byte order mark; save it as UTF-8 without BOM")
     try:
@@ -292,16 +290,16 @@ def load_json(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> 
 
 
 def save_json(path: str | os.PathLike[str], data: object) -> None:
-    """Write `data` as UTF-8 JSON, indent 2, keys sorted. NaN and infinities are refused.
+    """Write `data` as UTF-8 JSON, indent 2, keys sorted.
 
-    A value that JSON cannot hold raises before the file is touched.
+    A value that JSON cannot hold, NaN included, raises before the file is touched.
     """
     text = json.dumps(data, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
     Path(path).write_bytes((text + "\n").encode("utf-8"))
 
 
 def to_dict(obj: Any) -> dict[str, Any]:
-    """Return a dataclass as nested plain dicts that share nothing with it."""
+    """Return a dataclass as nested plain dicts, deeply copied."""
     return dataclasses.asdict(obj)
 
 
@@ -311,10 +309,13 @@ def to_dict(obj: Any) -> dict[str, Any]:
 def load_config_from_json(
     path: str | os.PathLike[str], overrides: Iterable[str] = ()
 ) -> tuple[ModelConfig, TrainConfig]:
-    """Read `{"model": {...}, "train": {...}}`; what is missing takes the default.
+    """Read `{"model": {...}, "train": {...}}`; missing keys take their defaults.
 
-    `overrides` are `--set` arguments such as `train.B=8`. Every problem is in one ValueError;
-    FileNotFoundError where there is no such file.
+    `overrides` are `--set` arguments such as `train.B=8`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: listing every problem.
     """
     doc = load_json(path, max_bytes=MAX_CONFIG_BYTES)
     overrides = tuple(overrides)
@@ -328,10 +329,10 @@ def load_config_from_json(
 def config_from_dict(
     doc: object, *, where: str, from_file: bool = False
 ) -> tuple[ModelConfig, TrainConfig]:
-    """Check a config document and build both configs; `where` opens the error message.
+    """Validate a config document and build both configs; `where` starts the error message.
 
-    What comes `from_file` also has to suit the data that files give: a vocabulary that holds
-    every byte, and in `p_train` only sources that can be built.
+    A config `from_file` must also suit text from files: its vocabulary must hold every byte, and
+    `p_train` may name only known sources.
     """
     sections = _require_sections(doc, where=where)
     problems = _key_problems(sections)
@@ -353,9 +354,12 @@ def apply_overrides(
 ) -> dict[str, Any]:
     """Return a new document with `section.key=VALUE` set for each override, the last one winning.
 
-    VALUE is JSON. `train.p_train.wiki=0.5` sets one probability and keeps the others. ValueError
-    for an unknown key or a VALUE that is not JSON; whether the value is legal is
-    `config_from_dict`'s question. `where` names `doc` in its own errors.
+    VALUE is JSON. `train.p_train.wiki=0.5` sets one probability and keeps the others. `where`
+    names `doc` in error messages.
+
+    Raises:
+        ValueError: for an unknown key or a VALUE that is not JSON. Whether the value is valid is
+            checked by `config_from_dict`.
     """
     new_doc: dict[str, Any] = deepcopy(_require_sections(doc, where=where))
     for override in overrides:
@@ -368,19 +372,19 @@ def apply_overrides(
         if p_train is None:
             p_train = default_p_train()
         if not isinstance(p_train, dict):
-            raise ValueError(f"{where}: train.p_train={_show(p_train)} has to be an object")
+            raise ValueError(f"{where}: train.p_train={_show(p_train)} must be an object")
         values[key] = {**p_train, source: value}
     return new_doc
 
 
 def _parse_override(override: str) -> tuple[str, str, str | None, Any]:
-    """Split `train.p_train.wiki=0.5` into its section, key, source (None without) and value."""
+    """Split `train.p_train.wiki=0.5` into section, key, source (or None) and value."""
     where = f"--set {_shorten(override)}"
     dotted, equals, text = override.partition("=")
     section, _, rest = dotted.strip().partition(".")
     key, dot, source = rest.partition(".")
     if not equals or not key or (dot and (section, key) != ("train", "p_train")):
-        raise ValueError(f"{where}: has to be SECTION.KEY=VALUE, such as train.total_steps=20")
+        raise ValueError(f"{where}: must be SECTION.KEY=VALUE, such as train.total_steps=20")
     try:
         value = parse_json(text)
     except ValueError as error:
@@ -393,7 +397,10 @@ def _parse_override(override: str) -> tuple[str, str, str | None, Any]:
 def find_config(name: str | os.PathLike[str]) -> Path:
     """Return the config file: as given, else a bare name in CONFIG_DIR, else in the package.
 
-    A bare name may lack its `.json`. FileNotFoundError lists the configs known by name.
+    A bare name may omit `.json`.
+
+    Raises:
+        FileNotFoundError: listing the configs known by name.
     """
     given = Path(name)
     if os.path.exists(given) and not os.path.isdir(given):
@@ -412,10 +419,10 @@ def find_config(name: str | os.PathLike[str]) -> Path:
 def _require_sections(doc: object, *, where: str) -> dict[str, dict[str, Any]]:
     if not isinstance(doc, dict):
         raise ValueError(
-            f'{where}: has to be an object with the sections "model" and "train", not {_show(doc)}'
+            f'{where}: must be an object with the sections "model" and "train", not {_show(doc)}'
         )
     wrong = [
-        f"{name}={_show(doc[name])} has to be an object"
+        f"{name}={_show(doc[name])} must be an object"
         for name in SECTIONS
         if not isinstance(doc.get(name, {}), dict)
     ]
@@ -433,18 +440,18 @@ def _key_problems(doc: Mapping[str, Any]) -> list[str]:
 
 
 def _data_problems(doc: Mapping[str, Any]) -> list[str]:
-    """Return what does not suit byte streams that are built from files."""
+    """Return what does not suit byte streams built from files."""
     V, p_train = doc.get("model", {}).get("V"), doc.get("train", {}).get("p_train")
     problems = []
     if isinstance(V, int) and not isinstance(V, bool) and 1 <= V < 256:
-        problems.append(f"model.V={V} leaves out bytes, has to be at least 256")
+        problems.append(f"model.V={V} must be at least 256, to hold every byte")
     if isinstance(p_train, dict):
         problems += _unknown("source", "train.p_train.", p_train, SOURCE_NAMES)
     return problems
 
 
 def _unknown(kind: str, prefix: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Return a line with the nearest known name for each of `names` that is not known."""
+    """Return a line with the closest known name for each unknown one of `names`."""
     unknown = [str(name) for name in names if name not in known]
     by_lower = {k.lower(): k for k in known}
     no_hint = f"known: {', '.join(known)}"

@@ -180,7 +180,7 @@ WRONG_VALUES = [
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_wrong_value_is_refused_by_name(cls, name, value):
-    with pytest.raises(ValueError, match=rf"^{cls.__name__}: {name}=.* has ") as error:
+    with pytest.raises(ValueError, match=rf"^{cls.__name__}: {name}=.* (must|has|sums) ") as error:
         cls(**{name: value})
     assert "; " not in str(error.value)
 
@@ -191,7 +191,7 @@ def test_a_wrong_value_is_refused_by_name(cls, name, value):
         (ModelConfig, {"H": 6}, "H=6 does not divide C=256"),
         (ModelConfig, {"C": 12, "H": 4}, "odd head width 3"),
         (TrainConfig, {"base_lr": 1e-6}, "min_lr=3e-05 is above base_lr=1e-06"),
-        (TrainConfig, {"p_train": {"wiki": 0.5}}, "sums to 0.5, has to sum to 1"),
+        (TrainConfig, {"p_train": {"wiki": 0.5}}, "sums to 0.5, must sum to 1"),
     ],
 )
 def test_inconsistent_values_are_refused_with_both(cls, values, message):
@@ -217,7 +217,7 @@ def test_legal_edges_are_accepted(cls, values):
 
 
 def test_a_huge_integer_is_described():
-    with pytest.raises(ValueError, match=r"C=\(an integer of 16610 bits\) has to be"):
+    with pytest.raises(ValueError, match=r"C=\(an integer of 16610 bits\) must be"):
         ModelConfig(C=10**5000)
 
 
@@ -279,7 +279,7 @@ def test_names_and_values_are_reported_together():
 
 @pytest.mark.parametrize("doc", [[], None, 3, "x", {"model": []}, {"train": None}])
 def test_a_document_of_another_shape_is_refused(doc):
-    assert "has to be an object" in refusal(doc)
+    assert "must be an object" in refusal(doc)
 
 
 def test_a_config_from_a_file_has_to_suit_bytes_from_files(tmp_path):
@@ -358,7 +358,7 @@ def test_missing_and_unreadable_files(tmp_path):
         load_config_from_json(write(tmp_path, "{}") / "below-a-file.json")
     with pytest.raises(ValueError, match="cannot be read: Is a directory"):
         load_config_from_json(tmp_path)
-    with pytest.raises(ValueError, match="no file name"):
+    with pytest.raises(ValueError, match="not a file name"):
         load_config_from_json("a\0b")
 
 
@@ -373,7 +373,7 @@ def test_an_endless_file_is_refused_in_little_memory():
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=CONFIGS.parent, capture_output=True, text=True
     )
-    assert result.stderr == "/dev/zero: larger than 1000000 bytes, that is no config\n"
+    assert result.stderr == "/dev/zero: larger than 1000000 bytes, not a config\n"
 
 
 json_values = st.recursive(
@@ -522,15 +522,15 @@ def test_a_wrong_override_is_quoted(override, part):
 
 def test_an_illegal_overridden_value_names_file_and_override(tmp_path):
     path = write(tmp_path, {})
-    with pytest.raises(ValueError, match=r"train\.B=0 has to be") as error:
+    with pytest.raises(ValueError, match=r"train\.B=0 must be") as error:
         load_config_from_json(path, ["train.B=0"])
     assert str(error.value).startswith(f"{path} with --set train.B=0: ")
 
 
 def test_overrides_do_not_hide_a_broken_document(tmp_path):
-    with pytest.raises(ValueError, match=r"c\.json: train=3 has to be an object"):
+    with pytest.raises(ValueError, match=r"c\.json: train=3 must be an object"):
         load_config_from_json(write(tmp_path, {"train": 3}), ["train.B=1"])
-    with pytest.raises(ValueError, match=r"c\.json: train\.p_train=\[1\] has to be an object"):
+    with pytest.raises(ValueError, match=r"c\.json: train\.p_train=\[1\] must be an object"):
         load_config_from_json(
             write(tmp_path, {"train": {"p_train": [1]}}), ["train.p_train.wiki=1"]
         )

@@ -74,7 +74,7 @@ def test_show_prints_a_line_per_value(niels):
     assert lines[0].split() == ["key", "value", "from", "meaning"]
     assert len(lines) == 1 + len(KEYS) + len(SOURCES)
     (line,) = [line for line in lines if line.startswith("train.B ")]
-    assert line.split(maxsplit=3) == ["train.B", "8", "--set", "rows of a batch (default 32)"]
+    assert line.split(maxsplit=3) == ["train.B", "8", "--set", "rows per batch (default 32)"]
 
 
 def test_the_json_holds_a_config_that_loads_again(niels, tmp_path):
