@@ -18,7 +18,8 @@ from benchmarks.timing import describe_machine
 from niels_gpt import ModelConfig, TrainConfig, make_state
 from niels_gpt.device import keep_freed_memory
 from niels_gpt.inference.generate import begin, bind, extend, window_start
-from niels_gpt.loss import Tree, forward
+from niels_gpt.loss import forward
+from niels_gpt.optim.trees import Tree
 
 Side = Callable[[], None]
 

@@ -23,8 +23,8 @@ from niels_gpt.cli.shared.options import PATH, source_options
 from niels_gpt.cli.shared.output import EnduringConsole, exit_on_failure
 from niels_gpt.config import find_config, load_config_from_json
 from niels_gpt.files import durable
-from niels_gpt.loss import Batch, Tree, gradients
-from niels_gpt.optim import to_tree, to_vector
+from niels_gpt.loss import Batch, gradients
+from niels_gpt.optim.trees import Tree, to_tree, to_vector
 from niels_gpt.run import loop, progress, session
 from niels_gpt.run.folder import Folder
 from niels_gpt.run.options import TrainOptions

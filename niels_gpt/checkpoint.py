@@ -4,7 +4,7 @@ A checkpoint is pr-06's plain dict through `torch.save`::
 
     model_cfg, train_cfg   plain JSON-like dicts
     model_state            GPT.state_dict(); "lm_head.weight" shares the storage of "tok_emb.weight"
-    optimizer_state        torch.optim.AdamW.state_dict(), or None
+    optimizer_state        state_dict() of the torch.optim optimizer, or None
     step                   finished updates
     best_val_loss          nats, or None
     ...                    whatever else the writer wants to keep, plain values
@@ -36,9 +36,10 @@ from niels_gpt.files.schema import (
     names_by_id,
     parameter_shapes,
 )
-from niels_gpt.files.torchfile import CheckpointError, read_torch_file, show
+from niels_gpt.files.torchfile import CheckpointError, read_torch_file
 from niels_gpt.model.gpt import GPT
-from niels_gpt.optim import BETAS, EPS
+from niels_gpt.optim import OptState, from_entries, optimizer_of, to_entries
+from niels_gpt.optim.trees import map_tensors
 from niels_gpt.state import TrainState
 
 METRICS = "metrics.jsonl"
@@ -108,34 +109,24 @@ def state_payload(
         "model_cfg": to_dict(state.model_cfg),
         "train_cfg": to_dict(state.train_cfg),
         "model_state": {**state.params, "lm_head.weight": state.params["tok_emb.weight"]},
-        "optimizer_state": _adamw_state_dict(state),
+        "optimizer_state": _optimizer_state(state),
         "step": state.step,
         "best_val_loss": best_val_loss,
         **(extra or {}),
     }
 
 
-def _adamw_state_dict(state: TrainState) -> dict[str, Any]:
-    """As `to_modules(state)[1].state_dict()`: AdamW holds no moments before its first update."""
-    names = parameter_shapes(state.model_cfg)
-    group = torch.optim.AdamW(
-        [torch.empty(0)],
-        lr=state.train_cfg.base_lr,
-        betas=BETAS,
-        eps=EPS,
-        weight_decay=state.train_cfg.weight_decay,
-    ).state_dict()["param_groups"][0]
-    moments = {
-        i: {
-            "step": torch.tensor(state.step, dtype=torch.float32),
-            "exp_avg": state.mu[name],
-            "exp_avg_sq": state.nu[name],
-        }
-        for i, name in enumerate(names)
-    }
+def _optimizer_state(state: TrainState) -> dict[str, Any]:
+    """As `to_modules(state)[1].state_dict()`, without copying a tensor."""
+    shapes, cfg = parameter_shapes(state.model_cfg), state.train_cfg
+    params = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    twin = optimizer_of(cfg).twin(params, lr=cfg.base_lr, weight_decay=cfg.weight_decay)
+    groups = twin.state_dict()["param_groups"]
+    entries = to_entries(state.opt_state, shapes, state.step)
+    ids = {name: i for i, name in names_by_id(groups, [*shapes]).items()}
     return {
-        "state": moments if state.step else {},
-        "param_groups": [{**group, "params": list(range(len(names)))}],
+        "state": {ids[name]: entry for name, entry in entries.items()},
+        "param_groups": groups,
     }
 
 
@@ -230,17 +221,18 @@ def state_from_payload(
 ) -> TrainState:
     """Return the state that a loaded checkpoint holds, to be continued under these configs.
 
-    Without an optimizer state the moments are zero; `resume_notes` says so.
+    Without an optimizer state the optimizer starts afresh; `resume_notes` says so.
 
     Raises:
         ValueError: with a line per field, if the checkpoint's model is not of this shape.
-        CheckpointError: if the optimizer state is not that of one AdamW over all parameters.
+        CheckpointError: if the optimizer state is not that of the config's optimizer.
     """
     validate_model_config_match(payload["model_cfg"], model_cfg)
     shapes = parameter_shapes(model_cfg)
     params = {name: payload["model_state"][name].to(device) for name in shapes}
-    mu, nu = _moments(payload["optimizer_state"], shapes, device)
-    return TrainState(params, mu, nu, payload["step"], model_cfg, train_cfg)
+    initial = optimizer_of(train_cfg).init(params)
+    opt_state = _opt_state(payload["optimizer_state"], [*shapes], initial)
+    return TrainState(params, opt_state, payload["step"], model_cfg, train_cfg)
 
 
 def resume_notes(payload: Mapping[str, Any]) -> list[str]:
@@ -250,7 +242,7 @@ def resume_notes(payload: Mapping[str, Any]) -> list[str]:
         notes.append("the checkpoint was written by another program: the resume is not bit-exact")
     optimizer_state = payload["optimizer_state"]
     if optimizer_state is None:
-        notes.append("the checkpoint has no optimizer state: AdamW's moments start from zero")
+        notes.append("the checkpoint has no optimizer state: it starts from zero")
         return notes
     counts = {float(e["step"]) for e in optimizer_state["state"].values() if "step" in e}
     if counts - {torch.tensor(payload["step"], dtype=torch.float32).item()}:
@@ -261,30 +253,24 @@ def resume_notes(payload: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _moments(
-    optimizer_state: Mapping[str, Any] | None,
-    shapes: Mapping[str, tuple[int, ...]],
-    device: str | torch.device,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _opt_state(
+    optimizer_state: Mapping[str, Any] | None, names: list[str], initial: OptState
+) -> OptState:
+    """Return what a state_dict holds, where there is one, on the device of the initial state."""
     if optimizer_state is None or not optimizer_state["state"]:
-        zeros = [{n: torch.zeros(s, device=device) for n, s in shapes.items()} for _ in range(2)]
-        return zeros[0], zeros[1]
-    ids = {name: i for i, name in names_by_id(optimizer_state["param_groups"], [*shapes]).items()}
-    if len(ids) != len(shapes):
+        return initial
+    ids = names_by_id(optimizer_state["param_groups"], names)
+    if len(ids) != len(names):
         raise CheckpointError(
-            "the optimizer state has several parameter groups without names, so that its moments"
-            " cannot be told apart; to resume without them, set optimizer_state to None"
+            "the optimizer state has several parameter groups without names, so that it"
+            " cannot be told which parameter is which; to resume without it, set it to None"
         )
-    entries = {name: optimizer_state["state"].get(i, {}) for name, i in ids.items()}
-    for name, entry in entries.items():
-        if {"exp_avg", "exp_avg_sq", "step"} != entry.keys():
-            raise CheckpointError(
-                f"the optimizer state is not AdamW's: it holds {', '.join(map(show, entry))}"
-                f" for {name}, not exp_avg, exp_avg_sq, step"
-            )
-    mu = {name: entry["exp_avg"].to(device) for name, entry in entries.items()}
-    nu = {name: entry["exp_avg_sq"].to(device) for name, entry in entries.items()}
-    return mu, nu
+    entries = {name: optimizer_state["state"].get(i, {}) for i, name in ids.items()}
+    try:
+        found = from_entries(entries, initial)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    return map_tensors(lambda zero, t: t.to(zero.device), initial, found)
 
 
 # --- the output folder -------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def open_corpus(model_cfg: ModelConfig, train_cfg: TrainConfig, where: StreamBui
 
 def next_batch(state: TrainState, corpus: Corpus) -> Batch:
     """Draw the batch of the next step of a run, on the device of its state."""
-    return corpus.batch(state.step, state.params["tok_emb.weight"].device)
+    return corpus.batch(state.step, state.device)
 
 
 def advance(

@@ -28,7 +28,7 @@ def evaluate(state: TrainState, stream: bytes, seed: int) -> float:
         stream,
         B=train_cfg.B,
         T=model_cfg.T,
-        device=state.params["tok_emb.weight"].device,
+        device=state.device,
         eval_steps=train_cfg.eval_steps,
         seed=seed,
     )

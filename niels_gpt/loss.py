@@ -13,8 +13,8 @@ from torch.func import functional_call, grad_and_value, jvp
 
 from niels_gpt.config import ModelConfig
 from niels_gpt.model.gpt import GPT, skeleton
+from niels_gpt.optim.trees import Tree
 
-Tree = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]  # ids and the ids that follow them, each int64 (B, T)
 BlockGradients = Callable[[Tree, Batch, Tensor | None, GPT, int], tuple[Tree, Tensor]]
 

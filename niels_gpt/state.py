@@ -4,82 +4,83 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.model.blocks import init_weights
 from niels_gpt.model.gpt import GPT
-from niels_gpt.optim import BETAS, EPS
+from niels_gpt.optim import OptState, from_entries, optimizer_of, to_entries
+from niels_gpt.optim.trees import Tree, map_tensors
 from niels_gpt.rng import keyed_generator
 
 
 class TrainState(NamedTuple):
     """A point of the training trajectory: the step maps one to the next."""
 
-    params: dict[str, Tensor]  # name -> float32 tensor; the tied weight once, as tok_emb.weight
-    mu: dict[str, Tensor]  # AdamW first moment (torch: exp_avg), as params
-    nu: dict[str, Tensor]  # AdamW second moment (torch: exp_avg_sq), as params
+    params: Tree  # name -> float32 tensor; the tied weight once, as tok_emb.weight
+    opt_state: OptState  # a NamedTuple of trees, which the optimizer alone reads
     step: int  # finished updates
     model_cfg: ModelConfig
     train_cfg: TrainConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the tensors are."""
+        return self.params["tok_emb.weight"].device
+
+    def trees(self) -> dict[str, Tree]:
+        """Return all trees by name: "params" and the optimizer's."""
+        return {"params": self.params, **self.opt_state._asdict()}
 
 
 def make_state(
     model_cfg: ModelConfig, train_cfg: TrainConfig, device: torch.device | str = "cpu"
 ) -> TrainState:
-    """Initialise parameters from `train_cfg.seed`, moments zero, step 0.
+    """Initialise parameters from `train_cfg.seed`, and the optimizer's state, at step 0.
 
     The weights are drawn on the CPU, so that every device starts from the same ones.
     """
     generator = keyed_generator(train_cfg.seed, "init", 0)
     model = empty_model(model_cfg).apply(partial(init_weights, generator=generator))
     params = {name: p.detach().to(device) for name, p in model.named_parameters()}
-    return TrainState(params, _zeros(params), _zeros(params), 0, model_cfg, train_cfg)
+    return TrainState(params, optimizer_of(train_cfg).init(params), 0, model_cfg, train_cfg)
 
 
-def to_modules(state: TrainState) -> tuple[GPT, torch.optim.AdamW]:
-    """Copy a state into a GPT and a torch.optim.AdamW that continue it imperatively.
+def to_modules(state: TrainState) -> tuple[GPT, torch.optim.Optimizer]:
+    """Copy a state into a GPT and a torch.optim optimizer that continue it imperatively.
 
     The learning rate of the optimizer is the config's base_lr: it is not part of the state.
     """
-    device = state.params["tok_emb.weight"].device
-    model = empty_model(state.model_cfg, device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=state.train_cfg.base_lr,
-        betas=BETAS,
-        eps=EPS,
-        weight_decay=state.train_cfg.weight_decay,
-    )
+    model = empty_model(state.model_cfg, state.device)
+    params, cfg = dict(model.named_parameters()), state.train_cfg
+    optimizer = optimizer_of(cfg).twin(params, lr=cfg.base_lr, weight_decay=cfg.weight_decay)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, p in params.items():
             p.copy_(state.params[name])
-            if state.step:
-                optimizer.state[p] = {
-                    "step": torch.tensor(float(state.step)),
-                    "exp_avg": state.mu[name].clone(),
-                    "exp_avg_sq": state.nu[name].clone(),
-                }
+    own = map_tensors(torch.clone, state.opt_state)
+    optimizer.state.update(
+        {params[name]: entry for name, entry in to_entries(own, params, state.step).items()}
+    )
     return model, optimizer
 
 
-def from_modules(model: GPT, optimizer: torch.optim.AdamW, train_cfg: TrainConfig) -> TrainState:
-    """Copy a GPT and its torch.optim.AdamW into a state. Inverse of `to_modules`.
+def from_modules(
+    model: GPT, optimizer: torch.optim.Optimizer, train_cfg: TrainConfig
+) -> TrainState:
+    """Copy a GPT and its torch.optim optimizer into a state. Inverse of `to_modules`.
 
     Raises:
-        ValueError: if the parameters disagree on the number of finished updates.
+        ValueError: if the parameters disagree on the number of finished updates, or the optimizer
+            is not the config's.
     """
     params = {name: p.detach().clone() for name, p in model.named_parameters()}
-    mu, nu, steps = _zeros(params), _zeros(params), set()
-    for name, p in model.named_parameters():
-        moments = optimizer.state.get(p)
-        steps.add(int(moments["step"]) if moments else 0)
-        if moments:
-            mu[name] = moments["exp_avg"].detach().clone()
-            nu[name] = moments["exp_avg_sq"].detach().clone()
+    entries = {name: optimizer.state.get(p) or {} for name, p in model.named_parameters()}
+    steps = {int(entry.get("step", 0)) for entry in entries.values()}
     if len(steps) > 1:
         raise ValueError(f"parameters have seen different numbers of updates: {sorted(steps)}")
-    return TrainState(params, mu, nu, steps.pop(), model.cfg, train_cfg)
+    step, opt_state = steps.pop(), optimizer_of(train_cfg).init(params)
+    if step:
+        opt_state = map_tensors(lambda t: t.detach().clone(), from_entries(entries, opt_state))
+    return TrainState(params, opt_state, step, model.cfg, train_cfg)
 
 
 def empty_model(cfg: ModelConfig, device: torch.device | str = "cpu") -> GPT:
@@ -89,7 +90,3 @@ def empty_model(cfg: ModelConfig, device: torch.device | str = "cpu") -> GPT:
     model.to_empty(device=device)
     model.lm_head.weight = model.tok_emb.weight  # to_empty unties them
     return model
-
-
-def _zeros(params: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.zeros_like(p) for name, p in params.items()}

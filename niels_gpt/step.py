@@ -1,8 +1,8 @@
 """The training step: a pure function from one state to the next.
 
 Everything random in step k is a function of (seed, k), so step k is the same in every run. The
-parts (`gradients`, `update` by clip and AdamW, `batch_of_step`, `dropout_of_step`) are public
-and take what may vary as arguments: other procedures are other compositions of them.
+parts (`gradients`, `clipped_update`, `batch_of_step`, `dropout_of_step`) are public and take what
+may vary as arguments: other procedures are other compositions of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,15 +14,16 @@ from niels_gpt.batching import get_batch
 from niels_gpt.config import ModelConfig
 from niels_gpt.loss import Batch, gradients
 from niels_gpt.model.dropout import dropout_keys, sites
-from niels_gpt.optim import Tree, update
+from niels_gpt.optim import OptState, clipped_update, optimizer_of
+from niels_gpt.optim.trees import Tree
 from niels_gpt.rng import keyed_generator
 from niels_gpt.state import TrainState
 
 GradientFunction = Callable[
-    [dict[str, Tensor], Batch, ModelConfig, Tensor | None], tuple[dict[str, Tensor], Tensor]
-]
+    [Tree, Batch, ModelConfig, Tensor | None], tuple[Tree, Tensor]
+]  # as `loss.gradients`
+UpdateFunction = Callable[..., tuple[Tree, OptState, Tensor]]  # as `optim.clipped_update`
 StepFunction = Callable[[TrainState, Batch, float], tuple[TrainState, dict[str, Tensor]]]
-UpdateFunction = Callable[..., tuple[Tree, Tree, Tree, Tensor]]  # as `optim.update`
 
 
 def train_step(
@@ -31,7 +32,7 @@ def train_step(
     lr: float | Tensor,
     *,
     gradients: GradientFunction = gradients,
-    update: UpdateFunction = update,
+    update: UpdateFunction = clipped_update,
 ) -> tuple[TrainState, dict[str, Tensor]]:
     """Update once on a batch; return the next state and metrics. Neither argument is changed.
 
@@ -39,27 +40,27 @@ def train_step(
         state: after `state.step` updates.
         batch: x and y, each int64 (B, T), any B, T at most the config's.
         lr: learning rate of this update, a number or a 0-d tensor.
-        gradients, update: other ways to compute what `loss.gradients` and `optim.update` compute,
-            such as compiled ones.
+        gradients, update: other ways to compute what `loss.gradients` and `optim.clipped_update`
+            compute, such as compiled ones.
 
     Returns:
         The new state, and 0-d tensors on its device: "loss", the mean cross entropy in nats of
         this batch before the update, and "grad_norm", the global norm before clipping.
     """
-    params, mu, nu, step, model_cfg, train_cfg = state
-    drop = dropout_of_step(train_cfg.seed, step, range(len(batch[0])), model_cfg, batch[0].device)
+    params, opt_state, step, model_cfg, cfg = state
+    drop = dropout_of_step(cfg.seed, step, range(len(batch[0])), model_cfg, batch[0].device)
     grads, loss = gradients(params, batch, model_cfg, drop)
-    params, mu, nu, grad_norm = update(
+    params, opt_state, grad_norm = update(
+        optimizer_of(cfg),
         params,
         grads,
-        mu,
-        nu,
+        opt_state,
         count=step + 1,
         lr=lr,
-        weight_decay=train_cfg.weight_decay,
-        max_norm=train_cfg.grad_clip,
+        weight_decay=cfg.weight_decay,
+        max_norm=cfg.grad_clip,
     )
-    new_state = TrainState(params, mu, nu, step + 1, model_cfg, train_cfg)
+    new_state = TrainState(params, opt_state, step + 1, model_cfg, cfg)
     return new_state, {"loss": loss, "grad_norm": grad_norm}
 
 

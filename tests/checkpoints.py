@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from niels_gpt.checkpoint import state_payload
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.files.schema import Payload, parameter_shapes
+from niels_gpt.optim import optimizer_of
+from niels_gpt.optim.trees import map_tensors
 from niels_gpt.state import TrainState
 from tests.strategies import model_configs, train_configs
 
@@ -25,13 +27,11 @@ def random_state(
     """Return a state of arbitrary finite bits."""
     generator = torch.Generator().manual_seed(seed)
     shapes = parameter_shapes(model_cfg)
-    params, mu, nu = (
-        {name: any_finite_bits(shape, generator) for name, shape in shapes.items()}
-        for _ in range(3)
-    )
-    if step == 0:
-        mu, nu = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in range(2))
-    return TrainState(params, mu, nu, step, model_cfg, TrainConfig(**train))
+    params = {name: any_finite_bits(shape, generator) for name, shape in shapes.items()}
+    opt_state = optimizer_of(TrainConfig(**train)).init(params)
+    if step:
+        opt_state = map_tensors(lambda t: any_finite_bits(t.shape, generator), opt_state)
+    return TrainState(params, opt_state, step, model_cfg, TrainConfig(**train))
 
 
 def random_payload(model_cfg: ModelConfig = TINY, *, step: int = 3, seed: int = 0) -> Payload:

@@ -21,24 +21,17 @@ from niels_gpt.checkpoint import (
 from niels_gpt.config import ModelConfig, TrainConfig, to_dict
 from niels_gpt.files.schema import KEYS, content_digest, parameter_shapes
 from niels_gpt.model.gpt import GPT
-from niels_gpt.state import TrainState, to_modules
+from niels_gpt.state import to_modules
 from tests import ROOT
 from tests.checkpoints import TINY, json_objects, random_payload, random_state, states
 from tests.strategies import model_configs
+from tests.training import same_state
 
 
 def assert_same_bits(a: torch.Tensor, b: torch.Tensor) -> None:
     assert a.dtype == b.dtype
     assert a.shape == b.shape
     assert torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
-
-
-def assert_same_state(a: TrainState, b: TrainState) -> None:
-    assert a[3:] == b[3:]
-    for tree, other in zip(a[:3], b[:3], strict=True):
-        assert list(tree) == list(other)
-        for name in tree:
-            assert_same_bits(tree[name], other[name])
 
 
 def trained(cfg: ModelConfig, make=torch.optim.AdamW, steps: int = 1, **options):
@@ -111,7 +104,7 @@ def test_any_state_survives_bit_for_bit(tmp_path, state, best):
     write_checkpoint([path], state_payload(state, best_val_loss=best))
     loaded = load_checkpoint(path, device="cpu")
     assert loaded["best_val_loss"] == best
-    assert_same_state(state, state_from_payload(loaded, state.model_cfg, state.train_cfg))
+    assert same_state(state, state_from_payload(loaded, state.model_cfg, state.train_cfg))
     tied = loaded["model_state"]
     assert tied["lm_head.weight"].data_ptr() == tied["tok_emb.weight"].data_ptr()
 

@@ -16,7 +16,7 @@ from tests import ROOT
 
 LEAVES = "paths device tokenizer chat_format rng config lr_schedule"
 MODEL = "model.dropout model.flops model.rope model.blocks model.gpt model"
-CORE = "optim loss state batching step eval"
+CORE = "optim.trees optim.clip optim.adamw optim loss state batching step eval"
 DATA = "data.split data.roam data.primer data.wikitext data.python_docs data"
 FILES = "files files.durable files.torchfile files.schema"
 LOOP = "data.cache streams corpus checkpoint run run.stop run.loop"

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from niels_gpt import ModelConfig, TrainConfig, TrainState, make_state, train_step
 from niels_gpt.loss import Batch
+from niels_gpt.optim.trees import map_tensors
 
 SMALL = ModelConfig(T=12, C=16, L=2, H=2, d_ff=24, dropout=0.2)
 PLAIN = ModelConfig(T=12, C=16, L=2, H=2, d_ff=24, dropout=0.0)
@@ -42,15 +43,14 @@ def trained_state(model_cfg: ModelConfig = SMALL, *, steps: int = 3, **train: ob
 
 
 def tensors(state: TrainState) -> dict[str, Tensor]:
-    """Return all tensors of a state under one name each, e.g. "mu/ln_f.bias"."""
-    trees = {"params": state.params, "mu": state.mu, "nu": state.nu}
+    """Return all tensors of a state under one name each, e.g. "params/ln_f.bias"."""
+    trees = state.trees()
     return {f"{tree}/{name}": t for tree in trees for name, t in trees[tree].items()}
 
 
 def copy_of(state: TrainState) -> TrainState:
     """Return a state that shares no storage with this one."""
-    trees = ({name: t.clone() for name, t in tree.items()} for tree in state[:3])
-    return TrainState(*trees, *state[3:])
+    return map_tensors(torch.clone, state)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -66,7 +66,7 @@ def same_state(a: TrainState, b: TrainState) -> bool:
     """Tell whether two states agree bit for bit."""
     one, other = tensors(a), tensors(b)
     return (
-        a[3:] == b[3:]
+        a[2:] == b[2:]
         and list(one) == list(other)
         and all(same_bits(one[name], other[name]) for name in one)
     )

@@ -18,6 +18,7 @@ from niels_gpt.config import TrainConfig, config_from_dict
 from niels_gpt.data.cache import digest
 from niels_gpt.files.schema import Payload
 from niels_gpt.inference.load import load_model
+from niels_gpt.optim import optimizer_of
 from niels_gpt.record import kept_sources
 from niels_gpt.state import TrainState
 from niels_gpt.streams import Built, SourceInfo, Sources, StreamBuildConfig
@@ -89,7 +90,7 @@ def evaluate_checkpoint(
 
 
 def open_model(path: Path, device: str) -> tuple[TrainState, Payload, list[str]]:
-    """Return the model of a checkpoint as a state without moments, all of the file, and messages.
+    """Return a checkpoint as a state without the optimizer's trees, all of the file, and messages.
 
     Raises:
         FileNotFoundError, ValueError: as `load_model`.
@@ -103,7 +104,8 @@ def open_model(path: Path, device: str) -> tuple[TrainState, Payload, list[str]]
         messages.append(
             "train_cfg is another program's: batch size, steps and seed are the defaults"
         )
-    return TrainState(params, {}, {}, payload["step"], cfg, train_cfg), payload, messages
+    opt_state = optimizer_of(train_cfg).init({})
+    return TrainState(params, opt_state, payload["step"], cfg, train_cfg), payload, messages
 
 
 def windows(state: TrainState, stream: bytes, method: Sampled | Full) -> Iterator[Window]:

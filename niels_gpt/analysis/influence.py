@@ -14,7 +14,8 @@ from niels_gpt.analysis.noise import OnProgress
 from niels_gpt.config import ModelConfig
 from niels_gpt.data.roam import list_roam_paths, load_texts, split_roam_paths
 from niels_gpt.eval import eval_batches
-from niels_gpt.loss import Batch, Tree, gradients, row_slopes
+from niels_gpt.loss import Batch, gradients, row_slopes
+from niels_gpt.optim.trees import Tree
 from niels_gpt.state import TrainState
 from niels_gpt.streams import StreamBuildConfig
 
@@ -40,7 +41,7 @@ def validation_gradient(state: TrainState, stream: bytes, batches: int) -> tuple
         stream,
         B=cfg.B,
         T=model_cfg.T,
-        device=state.params["tok_emb.weight"].device,
+        device=state.device,
         eval_steps=2 * batches,
         seed=cfg.seed,
     )

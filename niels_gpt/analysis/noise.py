@@ -12,8 +12,8 @@ from torch import Tensor
 
 from niels_gpt.config import ModelConfig
 from niels_gpt.corpus import Corpus
-from niels_gpt.loss import Batch, Tree, gradients, row_slopes
-from niels_gpt.optim import global_norm
+from niels_gpt.loss import Batch, gradients, row_slopes
+from niels_gpt.optim.trees import Tree, global_norm
 from niels_gpt.state import TrainState
 from niels_gpt.step import dropout_of_step
 
@@ -37,7 +37,7 @@ def next_rows(state: TrainState, corpus: Corpus, n: int) -> tuple[Batch, Tensor 
     """Return the rows of the next n batches of a run as one batch, and their dropout keys."""
     model_cfg, cfg = state.model_cfg, state.train_cfg
     steps = range(state.step, state.step + n)
-    device = state.params["tok_emb.weight"].device
+    device = state.device
     batches = (corpus.batch(k, device) for k in steps)
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if not model_cfg.dropout:

@@ -19,10 +19,11 @@ from niels_gpt.config import ModelConfig
 from niels_gpt.corpus import Corpus, advance, next_batch, open_corpus
 from niels_gpt.files.schema import Payload
 from niels_gpt.files.torchfile import CheckpointError
-from niels_gpt.loss import Tree, gradients, row_blocks, row_losses
+from niels_gpt.loss import gradients, row_blocks, row_losses
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.model.gpt import GPT
-from niels_gpt.optim import clip_by_global_norm
+from niels_gpt.optim.clip import clip_by_global_norm
+from niels_gpt.optim.trees import Tree
 from niels_gpt.record import kept_environment
 from niels_gpt.run.compile import compile_step
 from niels_gpt.run.metrics import Record, read_metrics
@@ -47,7 +48,7 @@ def step_of(payload: Payload) -> StepFunction:
 class Difference(NamedTuple):
     """A tensor whose bits differ between two states, and the place where it differs most."""
 
-    tensor: str  # "params", "mu" or "nu", and its name
+    tensor: str  # its tree ("params", or one of the optimizer) and its name
     elements: int  # how many differ
     place: tuple[int, ...]
     here: float  # the value at `place`
@@ -56,16 +57,14 @@ class Difference(NamedTuple):
 
 
 def differences(here: TrainState, there: TrainState) -> list[Difference]:
-    """Compare params, mu and nu of two states of one shape; [] if all bits are the same."""
-    found = []
-    for kind in ("params", "mu", "nu"):
-        a, b = getattr(here, kind), getattr(there, kind)
-        found += [
-            _difference(f"{kind} {name}", a[name], b[name])
-            for name in a
-            if not torch.equal(_bits(a[name]), _bits(b[name]))
-        ]
-    return found
+    """Compare all trees of two states of one shape; [] if all bits are the same."""
+    others = there.trees()
+    return [
+        _difference(f"{kind} {name}", a, others[kind][name])
+        for kind, tree in here.trees().items()
+        for name, a in tree.items()
+        if not torch.equal(_bits(a), _bits(others[kind][name]))
+    ]
 
 
 def _difference(tensor: str, a: Tensor, b: Tensor) -> Difference:
@@ -111,7 +110,7 @@ def replay(
     No state can be had without the ones before it, so the search goes forward, once: every saved
     state and every logged loss on the way is compared, and narrows the bracket of steps in which
     the first difference lies. A loss that is met shows less than a saved state: it may round away
-    the last bits of a weight, and says nothing of the moments.
+    the last bits of a weight, and says nothing of the optimizer's state.
 
     Args:
         state: where to begin.
@@ -150,7 +149,7 @@ def replay(
 def _witness(path: Path, state: TrainState, *, required: bool) -> tuple[TrainState | None, str]:
     """Load a saved state to compare with; None, and why, if it is not of the same run."""
     try:
-        there, _ = load_state(path, device=state.params["tok_emb.weight"].device)
+        there, _ = load_state(path, device=state.device)
     except (CheckpointError, ValueError) as error:
         if required:
             raise
@@ -221,7 +220,7 @@ def open_corpus_of(
         raise ValueError(f"{path}: this is not the text that it was trained on:{lines}")
     environment = kept_environment(payload)
     torch.set_num_threads(environment.get("threads", torch.get_num_threads()))
-    device = str(state.params["tok_emb.weight"].device)
+    device = str(state.device)
     messages = environment_changes(
         payload, describe_environment(device, environment.get("compile", False))
     )

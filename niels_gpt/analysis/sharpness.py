@@ -14,9 +14,10 @@ from torch.func import jvp
 from niels_gpt.analysis.noise import OnProgress, next_rows
 from niels_gpt.config import ModelConfig
 from niels_gpt.corpus import Corpus
-from niels_gpt.loss import Batch, Tree, gradients
+from niels_gpt.loss import Batch, gradients
 from niels_gpt.lr_schedule import lr_of_step
-from niels_gpt.optim import BETAS, EPS, to_tree, to_vector
+from niels_gpt.optim import adamw
+from niels_gpt.optim.trees import Tree, to_tree, to_vector
 from niels_gpt.rng import keyed_generator
 from niels_gpt.state import TrainState
 
@@ -65,13 +66,13 @@ def curvature(
             on_progress=on_progress,
         )
 
-    has_moments = any(v.any() for v in state.nu.values())
-    plain, adam = find(None), find(adam_scale(state)) if has_moments else None
+    scale = adam_scale(state)
+    plain, adam = find(None), None if scale is None else find(scale)
     return Curvature(
         plain=plain,
         plain_lr=largest_lr(plain.value),
         adam=adam,
-        adam_lr=None if adam is None else largest_lr(adam.value, BETAS[0]),
+        adam_lr=None if adam is None else largest_lr(adam.value, adamw.MOMENTUM),
         lr=lr_of_step(min(state.step, state.train_cfg.total_steps - 1), state.train_cfg),
     )
 
@@ -148,13 +149,13 @@ def _tridiagonal(rows: Sequence[tuple[float, float]]) -> Tensor:
     return torch.tensor(diagonal).diag() + off + off.T
 
 
-def adam_scale(state: TrainState) -> Tree:
+def adam_scale(state: TrainState) -> Tree | None:
     """Return the diagonal D for which D H D has the curvature that AdamW sees.
 
-    AdamW divides its update by P = sqrt(nu / (1 - beta2^t)) + eps, so D = P^(-1/2).
+    With the preconditioner P of its last update, D = P^(-1/2). None without such an update.
     """
-    correction = 1 - BETAS[1] ** state.step
-    return {name: ((v / correction).sqrt() + EPS).rsqrt() for name, v in state.nu.items()}
+    P = adamw.preconditioner(state.opt_state, state.step)
+    return None if P is None else {name: x.rsqrt() for name, x in P.items()}
 
 
 def largest_lr(curvature: float, momentum: float = 0.0) -> float:

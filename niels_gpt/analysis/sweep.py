@@ -23,10 +23,11 @@ from niels_gpt.analysis.plot import COLOURS, MARKERS
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.corpus import Corpus, advance
 from niels_gpt.eval import evaluate
-from niels_gpt.loss import Batch, Tree, gradients, rows_per_block
+from niels_gpt.loss import Batch, gradients, rows_per_block
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.model.flops import parameter_count
-from niels_gpt.optim import update
+from niels_gpt.optim import OptState, clipped_update, optimizer_of
+from niels_gpt.optim.trees import Tree, map_tensors
 from niels_gpt.state import TrainState, make_state
 from niels_gpt.step import dropout_of_step
 
@@ -96,25 +97,14 @@ def memory_budget() -> int:
 
 def stack(states: Sequence[TrainState]) -> TrainState:
     """Stack states of one shape and step; the train config is that of the first."""
-    first = states[0]
-
-    def together(trees: Sequence[Tree]) -> Tree:
-        return {name: torch.stack([tree[name] for tree in trees]) for name in first.params}
-
-    params = together([state.params for state in states])
-    mu, nu = together([state.mu for state in states]), together([state.nu for state in states])
-    return TrainState(params, mu, nu, first.step, first.model_cfg, first.train_cfg)
+    stacked: TrainState = map_tensors(lambda *members: torch.stack(members), *states)
+    return stacked
 
 
 def unstack(stacked: TrainState, cfgs: Sequence[TrainConfig]) -> list[TrainState]:
     """Take a stack apart again, each state under its own config."""
-
-    def member(tree: Tree, i: int) -> Tree:
-        return {name: x[i] for name, x in tree.items()}
-
-    params, mu, nu, step, model_cfg, _ = stacked
     return [
-        TrainState(member(params, i), member(mu, i), member(nu, i), step, model_cfg, cfg)
+        map_tensors(lambda x, i=i: x[i], stacked)._replace(train_cfg=cfg)
         for i, cfg in enumerate(cfgs)
     ]
 
@@ -129,33 +119,32 @@ def stacked_step(
         keys: of the dropout, (M, B, S, 2).
         lr, weight_decay: (M,).
     """
-    model_cfg, cfg, count = stacked.model_cfg, stacked.train_cfg, stacked.step + 1
+    params, opt_state, done, model_cfg, cfg = stacked
 
     def step(
         params: Tree,
-        mu: Tree,
-        nu: Tree,
+        opt_state: OptState,
         batch: Batch,
         keys: Tensor | None,
         lr: Tensor,
         weight_decay: Tensor,
-    ) -> tuple[Tree, Tree, Tree, Tensor]:
+    ) -> tuple[Tree, OptState, Tensor]:
         grads, loss = gradients(params, batch, model_cfg, keys)
-        params, mu, nu, _ = update(
+        new_params, new_state, _ = clipped_update(
+            optimizer_of(cfg),
             params,
             grads,
-            mu,
-            nu,
-            count=count,
+            opt_state,
+            count=done + 1,
             lr=lr,
             weight_decay=weight_decay,
             max_norm=cfg.grad_clip,
         )
-        return params, mu, nu, loss
+        return new_params, new_state, loss
 
-    in_dims = (0, 0, 0, 0, None if keys is None else 0, 0, 0)
-    params, mu, nu, losses = vmap(step, in_dims)(*stacked[:3], batch, keys, lr, weight_decay)
-    return TrainState(params, mu, nu, count, model_cfg, cfg), losses
+    mapped = vmap(step, in_dims=(0, 0, 0, None if keys is None else 0, 0, 0))
+    params, opt_state, losses = mapped(params, opt_state, batch, keys, lr, weight_decay)
+    return TrainState(params, opt_state, done + 1, model_cfg, cfg), losses
 
 
 def advance_all(
@@ -163,7 +152,7 @@ def advance_all(
 ) -> tuple[TrainState, Tensor]:
     """Take the next step of every model, each with what its own config draws and sets."""
     k, model_cfg = stacked.step, stacked.model_cfg
-    device = stacked.params["tok_emb.weight"].device
+    device = stacked.device
     seeds = {cfg.seed: cfg for cfg in cfgs}  # models of one seed share what it draws
     batches = {seed: replace(corpus, seed=seed).batch(k, device) for seed in seeds}
     drawn = {

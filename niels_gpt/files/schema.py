@@ -18,6 +18,7 @@ from torch import Tensor
 from niels_gpt.config import ModelConfig
 from niels_gpt.files.torchfile import CheckpointError, show
 from niels_gpt.model.gpt import skeleton
+from niels_gpt.optim import state_fields
 
 Payload = dict[str, Any]
 
@@ -270,7 +271,7 @@ def _check_float_tensor(t: object, where: str, shape: tuple[int, ...]) -> None:
 def _check_optimizer_state(
     optimizer_state: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Check the layout that every torch.optim optimizer has, and the shapes of Adam's moments."""
+    """Check the layout that every torch.optim optimizer has, and the shapes of what ours keep."""
     per_parameter, groups = optimizer_state.get("state"), optimizer_state.get("param_groups")
     if type(per_parameter) is not dict or type(groups) is not list:
         raise CheckpointError("optimizer_state is not the state_dict of a torch.optim optimizer")
@@ -283,16 +284,15 @@ def _check_optimizer_state(
     ids = [i for group in groups for i in group["params"]]
     if len(set(ids)) != len(ids):
         raise CheckpointError("optimizer_state.param_groups numbers a parameter twice")
-    names = names_by_id(groups, list(shapes))
+    names, fields = names_by_id(groups, list(shapes)), state_fields()
     for i, entry in per_parameter.items():
         where = f"optimizer_state.state.{show(i)}"
         if i not in ids or type(entry) is not dict:
             raise CheckpointError(f"{where} belongs to no parameter")
         if "step" in entry and not _is_number(entry["step"]):
             raise CheckpointError(f"{where}.step is not a number")
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment in entry and i in names:
-                _check_float_tensor(entry[moment], f"{where}.{moment}", shapes[names[i]])
+        for field in sorted(fields & entry.keys()) if i in names else ():
+            _check_float_tensor(entry[field], f"{where}.{field}", shapes[names[i]])
 
 
 def _is_list_of(value: object, kind: type) -> bool:

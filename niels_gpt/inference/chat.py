@@ -8,7 +8,7 @@ from niels_gpt.chat_format import PROMPT, ROLES, extract_assistant_reply, format
 from niels_gpt.config import ModelConfig
 from niels_gpt.data import DIALOGUE_DELIM
 from niels_gpt.inference.generate import Sampling, decode_stream, stream, window_start
-from niels_gpt.loss import Tree
+from niels_gpt.optim.trees import Tree
 
 Message = Mapping[str, str]  # role and content
 Say = Callable[[str], object]

@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from niels_gpt.config import ModelConfig
-from niels_gpt.loss import Tree, rows_per_block
+from niels_gpt.loss import rows_per_block
 from niels_gpt.model.blocks import KV
 from niels_gpt.model.gpt import GPT, Past, no_past, skeleton
+from niels_gpt.optim.trees import Tree
 from niels_gpt.rng import keyed_generator
 
 START = b"\n"  # stands for an empty prompt: a text starts on a new line

@@ -8,7 +8,7 @@ import torch
 from niels_gpt.checkpoint import load_checkpoint
 from niels_gpt.config import ModelConfig, config_from_dict
 from niels_gpt.files.schema import parameter_shapes
-from niels_gpt.loss import Tree
+from niels_gpt.optim.trees import Tree
 
 
 class Trained(NamedTuple):

@@ -1,7 +1,7 @@
 """The step with its parts compiled by `torch.compile`, and the check that comes before its use.
 
 What is compiled is `block_gradients`, from outside the `torch.func` transform (inside is rejected),
-once for the shape of a block, and `update` (the clip and AdamW). The loop over blocks stays eager.
+once for the shape of a block, and `clipped_update`. The loop over blocks stays eager.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 
 from niels_gpt.loss import Batch, block_gradients, gradients
-from niels_gpt.optim import Tree, update
+from niels_gpt.optim import clipped_update
+from niels_gpt.optim.trees import Tree
 from niels_gpt.state import TrainState
-from niels_gpt.step import GradientFunction, StepFunction, UpdateFunction, train_step
+from niels_gpt.step import (
+    GradientFunction,
+    StepFunction,
+    UpdateFunction,
+    dropout_of_step,
+    train_step,
+)
 
 TOLERANCE = 1e-3  # of the largest element of each tensor; rounding gives about 1e-5
 
@@ -26,15 +33,15 @@ def compile_step() -> StepFunction:
 
 
 def compile_parts() -> tuple[GradientFunction, UpdateFunction]:
-    """Return `gradients` and `update`, compiled."""
+    """Return `gradients` and `clipped_update`, compiled."""
     of_block = torch.compile(block_gradients, dynamic=False, fullgraph=True)
-    of_numbers = torch.compile(update, dynamic=False, fullgraph=True)
+    of_numbers = torch.compile(clipped_update, dynamic=False, fullgraph=True)
 
-    def compiled_update(*trees: Any, count: int, lr: float | Tensor, **fixed: Any) -> Any:
+    def update(*trees: Any, count: int, lr: float | Tensor, **fixed: Any) -> Any:
         """Pass what changes at every step as tensors: numbers would be compiled in."""
         return of_numbers(*trees, count=torch.tensor(count), lr=torch.as_tensor(lr), **fixed)
 
-    return partial(gradients, of_block=of_block), compiled_update
+    return partial(gradients, of_block=of_block), update
 
 
 def tree_difference(a: Tree, b: Tree) -> Tensor:
@@ -47,18 +54,24 @@ def tree_difference(a: Tree, b: Tree) -> Tensor:
     ).max()
 
 
-def step_difference(state: TrainState, batch: Batch, parts: tuple[Any, Any]) -> float:
-    """Return how far a step of these `gradients` and `update` is from the eager one.
+def step_difference(
+    state: TrainState, batch: Batch, parts: tuple[GradientFunction, UpdateFunction]
+) -> float:
+    """Return how far these `gradients` and `clipped_update` are from the eager ones.
 
-    Of the gradients the first moments are compared, which they enter without the sign-like
-    division of AdamW; of the update everything, on equal gradients.
+    The updates are compared on equal gradients: dividing by their size magnifies rounding.
     """
-    gradients, update = parts
-    lr = state.train_cfg.base_lr  # that of a first step can be 0 and would show nothing
-    eager, _ = train_step(state, batch, lr)
-    half, _ = train_step(state, batch, lr, gradients=gradients)
-    whole, _ = train_step(state, batch, lr, gradients=gradients, update=update)
-    pairs = [(eager.mu, half.mu), *zip(half[:3], whole[:3], strict=True)]
+    compiled_gradients, update = parts
+    cfg, rows, device = state.train_cfg, range(len(batch[0])), batch[0].device
+    drop = dropout_of_step(cfg.seed, state.step, rows, state.model_cfg, device)
+    expected, _ = gradients(state.params, batch, state.model_cfg, drop)
+    found = compiled_gradients(state.params, batch, state.model_cfg, drop)
+    lr = cfg.base_lr  # that of a first step can be 0 and would show nothing
+    eager, compiled = (
+        train_step(state, batch, lr, gradients=lambda *_: found, update=each)[0].trees()
+        for each in (clipped_update, update)
+    )
+    pairs = [(expected, found[0]), *((eager[name], compiled[name]) for name in eager)]
     return torch.stack([tree_difference(a, b) for a, b in pairs]).max().item()
 
 

@@ -13,7 +13,7 @@ from niels_gpt.analysis import influence
 from niels_gpt.data.roam import list_roam_paths
 from niels_gpt.eval import eval_batches
 from niels_gpt.loss import gradients, loss
-from niels_gpt.optim import to_vector
+from niels_gpt.optim.trees import to_vector
 from niels_gpt.state import to_modules
 from niels_gpt.streams import StreamBuildConfig
 from tests.analysis.plain import STREAM, TINY, flat_gradient

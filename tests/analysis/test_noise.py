@@ -9,7 +9,7 @@ from niels_gpt.analysis import noise
 from niels_gpt.corpus import Corpus
 from niels_gpt.loss import gradients
 from niels_gpt.model.dropout import dropout_keys, sites
-from niels_gpt.optim import to_vector
+from niels_gpt.optim.trees import to_vector
 from tests.analysis.plain import STREAM, TINY, row_gradients
 from tests.training import SMALL, copy_of, random_batch, same_state, trained_state
 

@@ -11,7 +11,8 @@ from torch.func import functional_call, grad, jacrev
 
 from niels_gpt.analysis import sharpness
 from niels_gpt.corpus import Corpus
-from niels_gpt.optim import to_tree, to_vector
+from niels_gpt.optim import optimizer_of
+from niels_gpt.optim.trees import to_tree, to_vector
 from niels_gpt.state import empty_model
 from tests.analysis.plain import STREAM, TINY
 from tests.training import copy_of, random_batch, same_state
@@ -65,9 +66,9 @@ def test_lanczos_says_whether_it_has_converged():
 
 
 def test_without_moments_the_sharpness_under_adam_is_not_known(state):
-    zeros = {name: torch.zeros_like(p) for name, p in state.params.items()}
+    lost = state._replace(opt_state=optimizer_of(state.train_cfg).init(state.params))
     corpus = Corpus({"s": STREAM}, {}, {"s": 1.0}, seed=42, B=state.train_cfg.B, T=TINY.T)
-    found = sharpness.curvature(state._replace(nu=zeros), corpus, iterations=3)
+    found = sharpness.curvature(lost, corpus, iterations=3)
     assert (found.adam, found.adam_lr) == (None, None)
 
 
@@ -81,7 +82,9 @@ def test_sharpness_is_the_largest_eigenvalue_of_the_matrix(state, whole_hessian)
 
 def test_sharpness_under_adam_is_that_of_the_scaled_matrix(state, whole_hessian):
     H, batch = whole_hessian
-    nu_hat = torch.cat([v.flatten() for v in state.nu.values()]) / (1 - 0.95**state.step)
+    nu_hat = torch.cat([v.flatten() for v in state.opt_state.exp_avg_sq.values()]) / (
+        1 - 0.95**state.step
+    )
     P = nu_hat.sqrt() + 1e-8
     D = torch.diag(P**-0.5)
     top = torch.linalg.eigvalsh(D @ ((H + H.T) / 2) @ D)[-1].item()

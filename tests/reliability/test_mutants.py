@@ -14,7 +14,7 @@ from tests import ROOT
 pytestmark = pytest.mark.reliability
 
 
-DURABLE = "tests/test_durable.py"
+DURABLE = "tests/files/test_durable.py"
 CHECKPOINT = "tests/test_checkpoint.py"
 ROUND_TRIP = "tests/test_checkpoint_roundtrip.py"
 HOSTILE = "tests/reliability/test_hostile_files.py"
@@ -34,65 +34,73 @@ class Mutant(NamedTuple):
 
 MUTANTS = {
     "no fsync of the file": Mutant(
-        "durable",
+        "files/durable",
         "                _flush(fd)\n            os.rename",
         "            os.rename",
         DURABLE,
         "each_name_is_durable",
     ),
     "no fsync of the folder": Mutant(
-        "durable",
+        "files/durable",
         "        raise\n    _sync_folder(path.parent)",
         "        raise",
         DURABLE,
         "each_name_is_durable",
     ),
     "rename before fsync": Mutant(
-        "durable",
+        "files/durable",
         "                _flush(fd)\n            os.rename(temporary, path)",
         "                os.rename(temporary, path)\n                _flush(fd)",
         DURABLE,
         "each_name_is_durable",
     ),
     "direct write": Mutant(
-        "durable",
+        "files/durable",
         "    temporary = path.with_name(",
         "    path.unlink(missing_ok=True)\n    temporary = path or path.with_name(",
         DURABLE,
         "error_anywhere",
     ),
     "short writes taken for whole": Mutant(
-        "durable", "rest = rest[written:]", "rest = rest[len(rest) :]", DURABLE, "short_writes"
+        "files/durable",
+        "rest = rest[written:]",
+        "rest = rest[len(rest) :]",
+        DURABLE,
+        "short_writes",
     ),
     "temporary left after an error": Mutant(
-        "durable",
+        "files/durable",
         "            temporary.unlink(missing_ok=True)",
         "            pass",
         DURABLE,
         "no_progress",
     ),
     "errors without the path": Mutant(
-        "durable",
+        "files/durable",
         "raise OSError(error.errno, error.strerror, str(path)) from error",
         "raise",
         DURABLE,
         "missing_folder",
     ),
     "names in another order": Mutant(
-        "durable",
+        "files/durable",
         "    for path in paths:\n        _replace(path, data)",
         "    for path in reversed(paths):\n        _replace(path, data)",
         DURABLE,
         "each_name_is_durable",
     ),
     "no lock": Mutant(
-        "durable", "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", DURABLE, "held_folder"
+        "files/durable",
+        "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        DURABLE,
+        "held_folder",
     ),
     "a lock that waits": Mutant(
-        "durable", "LOCK_EX | fcntl.LOCK_NB", "LOCK_SH", DURABLE, "held_folder"
+        "files/durable", "LOCK_EX | fcntl.LOCK_NB", "LOCK_SH", DURABLE, "held_folder"
     ),
     "a lock that children inherit": Mutant(
-        "durable",
+        "files/durable",
         "    with _closing(fd):\n        try:\n            with _named(path):\n",
         "    with _closing(fd):\n        os.set_inheritable(fd, True)\n        try:\n"
         "            with _named(path):\n",
@@ -100,14 +108,14 @@ MUTANTS = {
         "children_of_a_killed",
     ),
     "setting aside into a used folder": Mutant(
-        "durable",
+        "files/durable",
         "            aside.mkdir()",
         "            aside.mkdir(exist_ok=True)",
         DURABLE,
         "never_overwrites",
     ),
     "a failed append left half-done": Mutant(
-        "durable",
+        "files/durable",
         "                    os.ftruncate(fd, size)",
         "                    pass",
         DURABLE,
@@ -121,118 +129,130 @@ MUTANTS = {
         "digest_covers",
     ),
     "a digest without dtypes": Mutant(
-        "payload", 'f"tensor {value.dtype} {tuple', 'f"tensor {tuple', CHECKPOINT, "digest_covers"
+        "files/schema",
+        'f"tensor {value.dtype} {tuple',
+        'f"tensor {tuple',
+        CHECKPOINT,
+        "digest_covers",
     ),
     "a digest that takes a tuple for a list": Mutant(
-        "payload",
+        "files/schema",
         'yield f"{kind} {len(value)};"',
         'yield f"list {len(value)};"',
         CHECKPOINT,
         "digest_covers",
     ),
     "no check of the CRCs": Mutant(
-        "torchfile", "archive.testzip()", "None", DAMAGED, "single_bits"
+        "files/torchfile", "archive.testzip()", "None", DAMAGED, "single_bits"
     ),
     "no check of the pickle": Mutant(
-        "torchfile", "        _check_pickle(archive.read(pickles[0]))\n", "", HOSTILE, "bytearray"
+        "files/torchfile",
+        "        _check_pickle(archive.read(pickles[0]))\n",
+        "",
+        HOSTILE,
+        "bytearray",
     ),
     "any global in the pickle": Mutant(
-        "torchfile",
+        "files/torchfile",
         'if name == "GLOBAL" and arg not in _GLOBALS',
         "if False",
         HOSTILE,
         "system or bytearray",
     ),
     "members twice allowed": Mutant(
-        "torchfile", "if len(set(names)) < len(names)", "if False", HOSTILE, "twice"
+        "files/torchfile", "if len(set(names)) < len(names)", "if False", HOSTILE, "twice"
     ),
     "compressed members allowed": Mutant(
-        "torchfile", "member.compress_type != zipfile.ZIP_STORED or", "", HOSTILE, "bomb"
+        "files/torchfile", "member.compress_type != zipfile.ZIP_STORED or", "", HOSTILE, "bomb"
     ),
     "any member name allowed": Mutant(
-        "torchfile", "if not _MEMBER.fullmatch(member.filename)", "if False", HOSTILE, "TorchScript"
+        "files/torchfile",
+        "if not _MEMBER.fullmatch(member.filename)",
+        "if False",
+        HOSTILE,
+        "TorchScript",
     ),
     "any kind of file opened": Mutant(
-        "torchfile", "if not stat.S_ISREG(info.st_mode)", "if False", HOSTILE, "endless"
+        "files/torchfile", "if not stat.S_ISREG(info.st_mode)", "if False", HOSTILE, "endless"
     ),
     "no bound on the directory": Mutant(
-        "torchfile", "    _check_directory_end(file, size)\n", "", HOSTILE, "ordinary"
+        "files/torchfile", "    _check_directory_end(file, size)\n", "", HOSTILE, "ordinary"
     ),
     "shared storages allowed": Mutant(
-        "payload",
+        "files/schema",
         "if owner != where and {owner, where} != set(TIED)",
         "if False",
         CHECKPOINT,
         "content_that_is_not_right",
     ),
     "views allowed": Mutant(
-        "payload",
+        "files/schema",
         "not t.is_contiguous() or t.storage_offset() != 0 or storage.nbytes() != t.nbytes",
         "False",
         CHECKPOINT,
         "content_that_is_not_right",
     ),
     "no bound on nesting": Mutant(
-        "payload",
+        "files/schema",
         "MAX_DEPTH = 32",
         "MAX_DEPTH = 10**9",
         CHECKPOINT,
         "content_that_is_not_right or holds_itself",
     ),
     "non-finite tensors saved": Mutant(
-        "payload",
+        "files/schema",
         '    _check_finite(clean["model_state"], "model_state")\n',
         "",
         CHECKPOINT,
         "not_finite_is_not_saved",
     ),
     "non-finite moments saved": Mutant(
-        "payload",
+        "files/schema",
         '    _check_finite(clean["optimizer_state"], "optimizer_state")\n',
         "",
         CHECKPOINT,
         "not_finite_is_not_saved",
     ),
-    "NaN as best loss": Mutant("payload", "math.isnan(best) or", "", CHECKPOINT, "nan_never"),
+    "NaN as best loss": Mutant("files/schema", "math.isnan(best) or", "", CHECKPOINT, "nan_never"),
     "shapes not compared": Mutant(
-        "payload",
+        "files/schema",
         "    if tuple(t.shape) != shape:",
         "    if False:",
         CHECKPOINT,
         "content_that_is_not_right",
     ),
     "untied weights allowed": Mutant(
-        "payload",
+        "files/schema",
         'if not _same(model_state["tok_emb.weight"], model_state["lm_head.weight"])',
         "if False",
         CHECKPOINT,
         "content_that_is_not_right",
     ),
     "strings not interned": Mutant(
-        "payload",
+        "files/schema",
         "return sys.intern(str(value))",
         "return str(value)",
         ROUND_TRIP,
         "not_on_the_objects",
     ),
     "keys in the order given": Mutant(
-        "payload",
+        "files/schema",
         "return sorted(value, key=lambda key: (type(key).__name__, key))",
         "return list(value)",
         ROUND_TRIP,
         "not_on_the_objects",
     ),
     "moments swapped": Mutant(
-        "checkpoint",
-        '"exp_avg": state.mu[name]',
-        '"exp_avg": state.nu[name]',
+        "optim/__init__",
+        "    fields = opt_state._asdict()",
+        "    fields = dict(zip(opt_state._fields, reversed(opt_state)))",
         ROUND_TRIP,
         "module_view",
     ),
     "no moments before step 1 forgotten": Mutant(
-        "checkpoint",
-        '"state": moments if state.step else {}',
-        '"state": moments',
+        "optim/__init__",
+        "    if not step:\n        return {}\n",
+        "",
         ROUND_TRIP,
         "module_view",
     ),

@@ -1,0 +1,45 @@
+"""Trees: dicts of named tensors, and NamedTuples of such dicts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tree = dict[str, Tensor]
+
+
+def global_norm(tree: Tree) -> Tensor:
+    """Return the Euclidean norm over all elements of all tensors, 0-d."""
+    return torch.stack([g.square().sum() for g in tree.values()]).sum().sqrt()
+
+
+def zeros_like(tree: Tree) -> Tree:
+    """Return a tree of zeros of the same names and shapes."""
+    return {name: torch.zeros_like(x) for name, x in tree.items()}
+
+
+def to_vector(tree: Tree) -> Tensor:
+    """Concatenate all tensors of a tree, (P,)."""
+    return torch.cat([x.flatten() for x in tree.values()])
+
+
+def to_tree(vector: Tensor, like: Tree) -> Tree:
+    """Cut a vector (P,) into a tree; inverse of `to_vector`."""
+    parts = torch.split(vector, [x.numel() for x in like.values()])
+    return {name: part.view_as(x) for part, (name, x) in zip(parts, like.items(), strict=True)}
+
+
+def map_tensors(function: Callable[..., Tensor], first: Any, *others: Any) -> Any:
+    """Apply a function to the tensors at each place of one or more trees, or tuples of trees.
+
+    What is not a tensor (a step, a config) is taken from the first: a `TrainState` maps as well.
+    """
+    if isinstance(first, Tensor):
+        return function(first, *others)
+    if isinstance(first, dict):
+        return {n: map_tensors(function, x, *(o[n] for o in others)) for n, x in first.items()}
+    if isinstance(first, tuple):
+        mapped = (map_tensors(function, *parts) for parts in zip(first, *others, strict=True))
+        return getattr(first, "_make", tuple)(mapped)
+    return first
