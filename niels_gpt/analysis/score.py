@@ -73,7 +73,7 @@ def sampled_windows(state: TrainState, stream: bytes, seed: int) -> Iterator[Win
     cfg, T = state.train_cfg, state.model_cfg.T
     rows = rows_per_block(T)
     for x, y in eval_batches(
-        stream, B=cfg.B, T=T, device=_device(state), eval_steps=cfg.eval_steps, seed=seed
+        stream, B=cfg.B, T=T, device=state.device, eval_steps=cfg.eval_steps, seed=seed
     ):
         for i in range(0, cfg.B, rows):
             for losses in byte_losses(state, x[i : i + rows], y[i : i + rows]):
@@ -105,7 +105,7 @@ def full_windows(
     width = min(T, len(stream) - 1)
     for i in range(0, len(spans), rows):
         chunk = spans[i : i + rows]
-        x, y = _gather(stream, chunk, width, _device(state))
+        x, y = _gather(stream, chunk, width, state.device)
         for span, losses in zip(chunk, byte_losses(state, x, y), strict=True):
             first = [FIRST_BYTE_NATS] if span.start == 0 else []
             counted = [*first, *losses[width - span.scored :]]
@@ -151,7 +151,3 @@ def _gather(
     ids = torch.frombuffer(joined, dtype=torch.uint8).view(len(spans), width + 1)
     ids = ids.to(device=device, dtype=torch.int64)
     return ids[:, :-1], ids[:, 1:]
-
-
-def _device(state: TrainState) -> torch.device:
-    return state.params["tok_emb.weight"].device
