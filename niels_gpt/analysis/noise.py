@@ -33,6 +33,23 @@ class NoiseScale(NamedTuple):
     variance: float  # tr(Sigma), without bias
 
 
+def gradient_noise(
+    state: TrainState,
+    corpus: Corpus,
+    batches: int,
+    *,
+    on_progress: OnProgress = lambda done, total: None,
+) -> NoiseScale:
+    """Measure the noise scale on the next batches of a run.
+
+    Raises:
+        ValueError: for fewer than 3 rows.
+    """
+    rows, drop = next_rows(state, corpus, batches)
+    products = row_products(state.params, rows, state.model_cfg, drop, on_progress=on_progress)
+    return noise_scale(*products)
+
+
 def next_rows(state: TrainState, corpus: Corpus, n: int) -> tuple[Batch, Tensor | None]:
     """Return the rows of the next n batches of a run as one batch, and their dropout keys."""
     model_cfg, cfg = state.model_cfg, state.train_cfg

@@ -174,6 +174,16 @@ def check_paths(paths: Iterable[Path]) -> None:
         raise ValueError(f"{wrong[0]}: a picture must be .png or .svg")
 
 
+def check_pictures(paths: Iterable[Path]) -> None:
+    """Raise ValueError unless pictures can be saved at these paths."""
+    paths = list(paths)
+    check_paths(paths)
+    if lost := [path for path in paths if not path.parent.is_dir()]:
+        raise ValueError(f"{lost[0]}: there is no folder {lost[0].parent}; make it")
+    if paths and not have_matplotlib():
+        raise ValueError(f"{paths[0]}: a picture needs matplotlib; {INSTALL}")
+
+
 def save_figure(draw: Callable[[], Figure], paths: Iterable[Path]) -> None:
     """Draw into files in this project's style; the same figure gives the same bytes.
 

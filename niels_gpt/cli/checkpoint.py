@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from niels_gpt.cli.shared.options import HELP, PATH
+from niels_gpt.cli.shared.options import HELP, PATH, json_option
 from niels_gpt.cli.shared.output import console, exit_on_failure
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.checkpoint_report import Comparison, Verdict
-
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group(context_settings=HELP)
@@ -25,7 +23,7 @@ def main() -> None:
 
 @main.command(epilog="Example: niels-gpt checkpoint info checkpoints/latest.pt")
 @click.argument("path", type=PATH)
-@_JSON
+@json_option()
 def info(path: Path, as_json: bool) -> None:
     """Show what a checkpoint holds.
 
@@ -40,7 +38,7 @@ def info(path: Path, as_json: bool) -> None:
 
 @main.command(epilog="Example: niels-gpt checkpoint verify checkpoints/")
 @click.argument("paths", type=PATH, nargs=-1, required=True, metavar="PATH...")
-@_JSON
+@json_option()
 def verify(paths: tuple[Path, ...], as_json: bool) -> None:
     """Check checkpoints to the last bit.
 
@@ -62,7 +60,7 @@ def verify(paths: tuple[Path, ...], as_json: bool) -> None:
 @click.option(
     "-n", "n", type=click.IntRange(0), default=10, show_default=True, help="Parameters to show."
 )
-@_JSON
+@json_option()
 def diff(a: Path, b: Path, n: int, as_json: bool) -> None:
     """Show how checkpoint B differs from A.
 

@@ -3,7 +3,7 @@
 import click
 
 from niels_gpt.analysis.config_report import Setting, resolve
-from niels_gpt.cli.shared.options import CONFIG, HELP
+from niels_gpt.cli.shared.options import CONFIG, HELP, json_option
 from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.config import find_config
 
@@ -23,7 +23,7 @@ def main() -> None:
     help="JSON config, or a bare name (the defaults alone).",
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def show(config: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show every value of a config and where it came from.
 

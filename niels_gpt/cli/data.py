@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from niels_gpt.cli.shared.options import CONFIG, HELP, Command, Places, source_options
+from niels_gpt.cli.shared.options import CONFIG, HELP, Command, Places, json_option, source_options
 from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_from_json
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from niels_gpt.streams import Sources, StreamBuildConfig
 
 SHOWN = 20  # lines of a list
-
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def _config_option(command: Command) -> Command:
@@ -37,7 +35,7 @@ def main() -> None:
 @main.command(epilog="Example: niels-gpt data info --roam ~/notes")
 @_config_option
 @source_options
-@_JSON
+@json_option()
 def info(config: str | None, places: Places, as_json: bool) -> None:
     """Show each source and what was left out.
 
@@ -56,7 +54,7 @@ def info(config: str | None, places: Places, as_json: bool) -> None:
 @_config_option
 @source_options
 @click.option("--rebuild", is_flag=True, help="Build anew what is in the cache already.")
-@_JSON
+@json_option()
 def build(
     config: str | None,
     places: Places,
@@ -82,7 +80,7 @@ def build(
 
 
 @main.command(epilog="Example: niels-gpt data fetch")
-@_JSON
+@json_option()
 def fetch(as_json: bool) -> None:
     """Get WikiText-103 into the cache.
 
@@ -102,7 +100,7 @@ def fetch(as_json: bool) -> None:
 @source_options
 @click.option("--step", type=click.IntRange(1), default=1, show_default=True, help="Of the run.")
 @click.option("-n", "n", type=click.IntRange(1), default=3, show_default=True, help="Rows to show.")
-@_JSON
+@json_option()
 def sample(
     config: str | None,
     places: Places,

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from niels_gpt.cli.shared.options import HELP, PATH, Places, source_options
+from niels_gpt.cli.shared.options import (
+    HELP,
+    PATH,
+    Places,
+    device_option,
+    json_option,
+    source_options,
+)
 from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.config import SOURCE_NAMES
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.evaluation import Report
+    from niels_gpt.state import TrainState
+    from niels_gpt.streams import Sources
 
 
 @click.command(
@@ -30,8 +40,8 @@ if TYPE_CHECKING:
 @source_options
 @click.option("--seed", type=int, metavar="N", help="Of the samples (the checkpoint's).")
 @click.option("--steps", type=int, metavar="N", help="Batches of samples (the checkpoint's).")
-@click.option("--device", metavar="NAME", help="cpu, mps or cuda; by default mps where it is.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@device_option()
+@json_option()
 def main(
     ckpt: Path,
     full: bool,
@@ -42,7 +52,7 @@ def main(
     places: Places,
     seed: int | None,
     steps: int | None,
-    device: str | None,
+    device: str,
     as_json: bool,
 ) -> None:
     """Measure how well a model predicts text.
@@ -58,29 +68,29 @@ def main(
     if text is not None and (names or places):
         raise click.UsageError("--text FILE is scored alone, without sources")
     with exit_on_failure(2):
-        from niels_gpt.analysis import evaluation
-        from niels_gpt.device import resolve_device
-        from niels_gpt.streams import locate
+        from niels_gpt.analysis.evaluation import Full, Sampled, evaluate_checkpoint
 
-        report = evaluation.evaluate_checkpoint(
+        report = evaluate_checkpoint(
             ckpt,
-            lambda state: (
-                evaluation.open_validation(
-                    locate(places),
-                    names,
-                    state.model_cfg.T,
-                    state.train_cfg.seed,
-                    places,
-                )
-                if text is None
-                else evaluation.open_file(text)
-            ),
-            evaluation.Full(stride, rows) if full else evaluation.Sampled(seed, steps),
-            device=resolve_device(device),
+            partial(_open_text, text, names, places),
+            Full(stride, rows) if full else Sampled(seed, steps),
+            device=device,
             on_progress=lambda name, done, total: console.progress(name)(done, total),
         )
     console.tell(*report.messages)
     console.result(_value(ckpt, report), _lines(report), as_json=as_json)
+
+
+def _open_text(
+    file: Path | None, names: tuple[str, ...], places: Places, state: TrainState
+) -> Sources:
+    from niels_gpt.analysis.evaluation import open_file, open_validation
+    from niels_gpt.streams import locate
+
+    if file is not None:
+        return open_file(file)
+    T, seed = state.model_cfg.T, state.train_cfg.seed
+    return open_validation(locate(places), names, T, seed, given=places)
 
 
 def _value(ckpt: Path, report: Report) -> dict[str, Any]:

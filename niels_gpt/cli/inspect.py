@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from niels_gpt.cli.shared.options import HELP, PATH, Places, source_options
+from niels_gpt.cli.shared.options import (
+    HELP,
+    PATH,
+    Places,
+    device_option,
+    json_option,
+    source_options,
+)
 from niels_gpt.cli.shared.output import console, describe, exit_on_failure
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.influence import Influence
     from niels_gpt.analysis.noise import NoiseScale
     from niels_gpt.analysis.sharpness import Curvature, Eigenvalue
+    from niels_gpt.corpus import Corpus
     from niels_gpt.state import TrainState
+    from niels_gpt.streams import StreamBuildConfig
 
 PARTS = ("noise", "sharpness", "documents")
 
@@ -46,8 +55,8 @@ PARTS = ("noise", "sharpness", "documents")
     help="Most pieces scored of each note.",
 )
 @click.option("--top", type=click.IntRange(1), default=10, show_default=True, metavar="N")
-@click.option("--device", default="cpu", metavar="NAME", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, all notes in it.")
+@device_option("cpu")
+@json_option("Print one JSON object, all notes in it.")
 def main(
     ckpt: Path,
     only: tuple[str, ...],
@@ -68,51 +77,78 @@ def main(
     documents: the notes on which a step lowers the wiki validation loss most, and least.
     """
     with exit_on_failure(2):
-        from niels_gpt.analysis import influence, noise, sharpness
         from niels_gpt.analysis.replay import open_corpus_of
         from niels_gpt.checkpoint import load_state
-        from niels_gpt.device import resolve_device
         from niels_gpt.streams import locate
 
-        state, payload = load_state(ckpt, device=resolve_device(device))
+        state, payload = load_state(ckpt, device=device)
         sources = locate(places)
         corpus, messages = open_corpus_of(payload, ckpt, state, sources)
         console.tell(*messages)
         wanted = only or PARTS
-        documents = []
-        if "documents" in wanted:
-            try:
-                documents = influence.training_notes(sources, state.train_cfg.seed)
-            except (ValueError, OSError) as error:
-                if only:
-                    raise
-                wanted = tuple(part for part in wanted if part != "documents")
-                console.tell(f"no documents: {describe(error)}; give --roam DIR")
-        found: dict[str, Any] = {"checkpoint": str(ckpt), "step": state.step}
-        lines = [f"{ckpt.name}, after step {state.step}"]
-        if "noise" in wanted:
-            rows, drop = noise.next_rows(state, corpus, batches)
-            products = noise.row_products(
-                state.params, rows, state.model_cfg, drop, on_progress=console.progress("row")
-            )
-            found["noise"] = scale = noise.noise_scale(*products)
-            lines += _noise_lines(scale, state)
-        if "sharpness" in wanted:
-            found["sharpness"] = curvature = sharpness.curvature(
-                state, corpus, iterations=iterations, on_progress=console.progress("product")
-            )
-            lines += _curvature_lines(curvature, state)
-        if "documents" in wanted:
-            found["documents"] = worth = influence.notes_worth(
-                state,
-                corpus.val["wiki"],
-                documents,
-                batches=batches,
-                windows=windows,
-                on_progress=console.progress("piece"),
-            )
-            lines += _worth_lines(worth, top)
-    console.result(found, lines, as_json=as_json)
+        documents = _documents(sources, state, wanted, required=bool(only))
+        found = _measure(state, corpus, wanted, documents, batches, iterations, windows)
+    value = {"checkpoint": str(ckpt), "step": state.step, **found}
+    lines = [f"{ckpt.name}, after step {state.step}", *_lines(found, state, top)]
+    console.result(value, lines, as_json=as_json)
+
+
+def _documents(
+    sources: StreamBuildConfig, state: TrainState, wanted: Sequence[str], *, required: bool
+) -> list[tuple[str, bytes]]:
+    """Find the notes before anything is measured, so that no part is worked out for nothing."""
+    from niels_gpt.analysis.influence import training_notes
+
+    if "documents" not in wanted:
+        return []
+    try:
+        return training_notes(sources, state.train_cfg.seed)
+    except (ValueError, OSError) as error:
+        if required:
+            raise
+        console.tell(f"no documents: {describe(error)}; give --roam DIR")
+        return []
+
+
+def _measure(
+    state: TrainState,
+    corpus: Corpus,
+    wanted: Sequence[str],
+    documents: list[tuple[str, bytes]],
+    batches: int,
+    iterations: int,
+    windows: int,
+) -> dict[str, Any]:
+    """Measure the parts that are wanted, by name."""
+    from niels_gpt.analysis import influence, noise, sharpness
+
+    found: dict[str, Any] = {}
+    if "noise" in wanted:
+        on_progress = console.progress("row")
+        found["noise"] = noise.gradient_noise(state, corpus, batches, on_progress=on_progress)
+    if "sharpness" in wanted:
+        found["sharpness"] = sharpness.curvature(
+            state, corpus, iterations=iterations, on_progress=console.progress("product")
+        )
+    if documents:
+        found["documents"] = influence.notes_worth(
+            state,
+            corpus.val["wiki"],
+            documents,
+            batches=batches,
+            windows=windows,
+            on_progress=console.progress("piece"),
+        )
+    return found
+
+
+def _lines(found: dict[str, Any], state: TrainState, top: int) -> Iterator[str]:
+    if "noise" in found:
+        yield from _noise_lines(found["noise"], state)
+    if "sharpness" in found:
+        yield from _curvature_lines(found["sharpness"], state)
+    if "documents" in found:
+        yield from _worth_lines(found["documents"], top)
 
 
 def _noise_lines(noise: NoiseScale, state: TrainState) -> list[str]:

@@ -6,7 +6,7 @@ import click
 
 from niels_gpt import paths
 from niels_gpt.analysis import plot
-from niels_gpt.cli.shared.options import HELP, PATH
+from niels_gpt.cli.shared.options import HELP, PATH, json_option
 from niels_gpt.cli.shared.output import console, exit_on_failure, to_json
 
 
@@ -30,7 +30,7 @@ from niels_gpt.cli.shared.output import console, exit_on_failure, to_json
     help="Picture, .png or .svg (loss.png, .svg).",
 )
 @click.option("--table", "as_table", is_flag=True, help="Print the numbers, draw nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON, draw nothing.")
+@json_option("Print the numbers as JSON, draw nothing.")
 def main(
     runs: tuple[Path, ...], x: str, out: tuple[Path, ...], as_table: bool, as_json: bool
 ) -> None:

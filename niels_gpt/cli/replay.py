@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from niels_gpt.cli.shared.options import HELP, PATH, Places, source_options
+from niels_gpt.cli.shared.options import (
+    HELP,
+    PATH,
+    Places,
+    device_option,
+    json_option,
+    source_options,
+)
 from niels_gpt.cli.shared.output import console, exit_on_failure
 
 if TYPE_CHECKING:
@@ -28,8 +35,8 @@ SHOWN = 8  # lines of a table
 @click.option("--to", "end", type=PATH, metavar="PATH", help="Run up to this one, compare all.")
 @click.option("--step", type=click.IntRange(1), help="Show this step from inside instead.")
 @source_options
-@click.option("--device", default="cpu", metavar="NAME", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@device_option("cpu")
+@json_option()
 def main(
     start: Path | None,
     end: Path | None,
@@ -52,10 +59,9 @@ def main(
     with exit_on_failure(2):
         from niels_gpt import paths
         from niels_gpt.analysis.replay import replay_files, view_files
-        from niels_gpt.device import resolve_device
         from niels_gpt.streams import locate
 
-        device, sources = resolve_device(device), locate(places)
+        sources = locate(places)
         if end is not None:
             verdict = replay_files(start, end, sources, device, _show_step)
             console.tell(*verdict.notes)

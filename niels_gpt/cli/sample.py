@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from niels_gpt.cli.shared.generation import Generation, generation_options
-from niels_gpt.cli.shared.options import HELP
+from niels_gpt.cli.shared.options import HELP, json_option
 from niels_gpt.cli.shared.output import console, exit_on_failure, to_json
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ GROUP = 64  # samples in one pass
     help="What to go on from; - reads stdin.",
 )
 @click.option("-n", "n", type=click.IntRange(1), default=1, help="Number of samples.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 @generation_options
 def main(prompt: str, n: int, as_json: bool, generation: Generation) -> None:
     """Write text that goes on from a prompt, as it is generated.

@@ -9,11 +9,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from niels_gpt.cli.shared.options import HELP, PATH, Places, source_options
+from niels_gpt.cli.shared.options import (
+    HELP,
+    PATH,
+    Places,
+    device_option,
+    json_option,
+    source_options,
+)
 from niels_gpt.cli.shared.output import console, exit_on_failure
+from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_from_json
 
 if TYPE_CHECKING:
-    from niels_gpt.analysis.sweep import Cell, Cost, Suggestion
+    from niels_gpt.analysis.sweep import Cell, Cost, Result, Suggestion
+    from niels_gpt.corpus import Corpus
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> list[float] | None:
@@ -40,12 +49,12 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> li
 @click.option("--weight-decay", "decays", callback=_numbers, metavar="A,B,...")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N")
 @source_options
-@click.option("--device", default="cpu", metavar="NAME", show_default=True)
+@device_option("cpu")
 @click.option("--memory", type=click.FloatRange(min=0), metavar="GB", help="Half of what is here.")
 @click.option("--solo", is_flag=True, help="One model after the other, without vmap.")
 @click.option("--dry-run", is_flag=True, help="Estimate memory and time only.")
 @click.option("--picture", type=PATH, multiple=True, metavar="FILE", help="A .png or .svg.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def main(
     config: str,
     overrides: tuple[str, ...],
@@ -68,48 +77,69 @@ def main(
     """
     with exit_on_failure(2):
         from niels_gpt.analysis import plot, sweep
-        from niels_gpt.config import find_config, load_config_from_json
         from niels_gpt.corpus import open_corpus
-        from niels_gpt.device import resolve_device
         from niels_gpt.streams import locate
 
-        plot.check_paths(picture)
-        if lost := [path for path in picture if not path.parent.is_dir()]:
-            raise ValueError(f"--picture {lost[0]}: there is no folder {lost[0].parent}; make it")
-        if picture and not plot.have_matplotlib():
-            raise ValueError(f"--picture needs matplotlib; {plot.INSTALL}")
-        device = resolve_device(device)
-        model_cfg, train_cfg = load_config_from_json(find_config(config), overrides)
-        cfgs = sweep.grid(
-            train_cfg,
-            lrs,
-            decays or [train_cfg.weight_decay],
-            range(train_cfg.seed, train_cfg.seed + seeds),
-        )
-        corpus = open_corpus(model_cfg, train_cfg, locate(places))
+        plot.check_pictures(picture)
+        model_cfg, cfg = load_config_from_json(find_config(config), overrides)
+        every_seed = range(cfg.seed, cfg.seed + seeds)
+        cfgs = sweep.grid(cfg, lrs, decays or [cfg.weight_decay], every_seed)
+        corpus = open_corpus(model_cfg, cfg, locate(places))
         console.tell(*corpus.messages)
-        budget = sweep.memory_budget() if memory is None else int(memory * 1e9)
-        each = sweep.member_bytes(model_cfg, train_cfg.B)
-        parts = sweep.groups(cfgs, each, budget)
-        if each > budget:
-            console.tell(_memory_note(each, budget))
-        cost = sweep.cost(model_cfg, parts, corpus, device, solo=solo)
+        groups = _groups(model_cfg, cfgs, memory)
+        cost = sweep.cost(model_cfg, groups, corpus, device, solo=solo)
     if dry_run:
-        console.result({"cost": cost}, [_cost_line(cost, solo)], as_json=as_json)
-        return
+        return console.result({"cost": cost}, [_cost_line(cost, solo)], as_json=as_json)
     console.warn(_cost_line(cost, solo))
     with exit_on_failure(1):
-        train = sweep.train_alone if solo else sweep.train_together
-        found = []
-        for part in parts:
-            states = train(model_cfg, part, corpus, device, on_step=console.progress("step"))
-            found += sweep.results(states, corpus.val["wiki"], train_cfg.seed)
-        cells = sweep.cells(found)
-        best = sweep.suggest(cells)
-        value = {"cost": cost, "results": found, "cells": cells, "suggestion": best}
-        console.result(value, _lines(cells, best), as_json=as_json)
-        if picture:
-            plot.save_figure(lambda: sweep.draw(cells), picture)
+        found = _train(model_cfg, groups, corpus, device, solo)
+        _report(cost, found, picture, as_json)
+
+
+def _groups(
+    model_cfg: ModelConfig, cfgs: list[TrainConfig], memory: float | None
+) -> list[list[TrainConfig]]:
+    """Split into groups that fit into so many GB, by default half of this machine's."""
+    from niels_gpt.analysis import sweep
+    from niels_gpt.run.dry_run import size
+
+    budget = sweep.memory_budget() if memory is None else int(memory * 1e9)
+    each = sweep.member_bytes(model_cfg, cfgs[0].B)
+    if each > budget:
+        console.tell(
+            f"one model alone takes about {size(each)}, more than the {size(budget)} allowed"
+        )
+    return sweep.groups(cfgs, each, budget)
+
+
+def _train(
+    model_cfg: ModelConfig,
+    groups: list[list[TrainConfig]],
+    corpus: Corpus,
+    device: str,
+    solo: bool,
+) -> list[Result]:
+    """Train and evaluate every model, all of them on the same batches of the validation text."""
+    from niels_gpt.analysis import sweep
+
+    train = sweep.train_alone if solo else sweep.train_together
+    found = []
+    for group in groups:
+        states = train(model_cfg, group, corpus, device, on_step=console.progress("step"))
+        found += sweep.results(states, corpus.val["wiki"], corpus.seed)
+    return found
+
+
+def _report(cost: Cost, found: list[Result], pictures: tuple[Path, ...], as_json: bool) -> None:
+    """Print and draw what came out."""
+    from niels_gpt.analysis import plot, sweep
+
+    cells = sweep.cells(found)
+    best = sweep.suggest(cells)
+    value = {"cost": cost, "results": found, "cells": cells, "suggestion": best}
+    console.result(value, _lines(cells, best), as_json=as_json)
+    if pictures:
+        plot.save_figure(lambda: sweep.draw(cells), pictures)
 
 
 def _cost_line(cost: Cost, solo: bool) -> str:
@@ -124,12 +154,6 @@ def _cost_line(cost: Cost, solo: bool) -> str:
         f"{cost.seconds_per_step:.3g} s together, {cost.seconds_per_step_alone:.3g} s one by one "
         f"(ratio {ratio:.2f})"
     )
-
-
-def _memory_note(each: int, budget: int) -> str:
-    from niels_gpt.run.dry_run import size
-
-    return f"one model alone takes about {size(each)}, more than the {size(budget)} allowed"
 
 
 def _lines(cells: Sequence[Cell], best: Suggestion | None) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from niels_gpt.cli.shared.options import PATH, Command
+from niels_gpt.cli.shared.options import PATH, Command, device_option
 
 if TYPE_CHECKING:
     from niels_gpt.inference.generate import Sampling
@@ -24,7 +24,7 @@ class Generation(NamedTuple):
     top_k: int | None
     top_p: float | None
     seed: int
-    device: str | None
+    device: str
 
     def prepare(self) -> tuple[Trained, Sampling]:
         """Load the model, and check how it is to be drawn from.
@@ -38,12 +38,11 @@ class Generation(NamedTuple):
         """
         import torch
 
-        from niels_gpt.device import resolve_device
         from niels_gpt.inference.generate import Sampling
         from niels_gpt.inference.load import load_model
 
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
-        trained = load_model(self.ckpt, resolve_device(self.device))
+        trained = load_model(self.ckpt, self.device)
         torch.set_num_threads(1)
         return trained, sampling
 
@@ -71,5 +70,5 @@ _OPTIONS = (
         "--top-p", type=float, metavar="P", help="Only the likeliest that reach P together."
     ),
     click.option("--seed", type=int, default=42, help="Same seed, same text."),
-    click.option("--device", metavar="NAME", help="cpu, mps or cuda; by default mps where it is."),
+    device_option(),
 )

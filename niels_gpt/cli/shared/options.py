@@ -12,7 +12,30 @@ CONFIG = click.Path()  # a str: a bare name means a config too; the type complet
 HELP = {"help_option_names": ["-h", "--help"]}
 
 Command = Callable[..., Any]
+Option = Callable[[Command], Command]
 Places = dict[str, Path]  # where the user says that a source lies, by its name
+
+
+def json_option(text: str = "Print one JSON object.") -> Option:
+    """Return what adds --json; the command gets it as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help=text)
+
+
+def device_option(default: str | None = None) -> Option:
+    """Return what adds --device; the command gets the name of a device that is there."""
+
+    def resolve(ctx: click.Context, param: click.Parameter, name: str | None) -> str:
+        from niels_gpt.device import resolve_device
+
+        try:
+            return resolve_device(name)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+
+    text = "cpu, mps or cuda" + "; by default mps where it is" * (default is None) + "."
+    return click.option(
+        "--device", default=default, callback=resolve, metavar="NAME", show_default=True, help=text
+    )
 
 
 def source_options(command: Command) -> Command:
