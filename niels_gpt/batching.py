@@ -26,11 +26,12 @@ def get_batch(
     """Draw B windows: the source of each row with probabilities `p`, its start uniformly.
 
     Returns x and y, both int64 (B, T) on `device`, contiguous, with `y[:, :-1] == x[:, 1:]`.
-    All `len(stream) - T` starts of a stream can occur. Every draw comes from `generator` (on the
-    CPU; None is torch's global one) and does not depend on the order of the two mappings.
+    All `len(stream) - T` starts of a stream can occur. All draws come from `generator` (on the
+    CPU; None means torch's global one) and do not depend on the order of the two mappings.
 
-    Raises ValueError for names that differ between `p` and `sources`, probabilities that are
-    negative or do not sum to 1 (within 1e-6), and streams shorter than T + 1.
+    Raises:
+        ValueError: if the names in `p` and `sources` differ, probabilities are negative or do not
+            sum to 1 (within 1e-6), or a stream is shorter than T + 1.
     """
     windows = bytearray()
     for name, start in draw_rows(sources, p=p, B=B, T=T, generator=generator):
@@ -47,7 +48,7 @@ def draw_rows(
     T: int,
     generator: torch.Generator | None = None,
 ) -> list[tuple[str, int]]:
-    """Return the source and the start of each row of the batch that `get_batch` would cut."""
+    """Return the source and start of each row of the batch that `get_batch` would return."""
     names = sorted(p)
     _check(sources, p, B, T)
     weights = torch.tensor([p[name] for name in names], dtype=torch.float32)
@@ -60,14 +61,16 @@ def draw_rows(
 
 
 def renormalise(p: Mapping[str, float], available: Collection[str]) -> dict[str, float]:
-    """Leave out what is absent or has probability 0, and scale the rest to sum to 1.
+    """Drop sources that are absent or have probability 0, and scale the rest to sum to 1.
 
-    Where nothing but zeros is left out, the probabilities are those of `p`, unrounded. Raises
-    ValueError when nothing is left.
+    If only zeros are dropped, the probabilities are exactly those of `p`.
+
+    Raises:
+        ValueError: if nothing is left.
     """
     kept = {name: value for name, value in p.items() if name in available and value > 0}
     if not kept:
-        raise ValueError(f"none of the sources of p is available: p={dict(p)}")
+        raise ValueError(f"no source in p is available: p={dict(p)}")
     if all(name in kept for name, value in p.items() if value > 0):
         return kept
     total = math.fsum(kept.values())
@@ -76,13 +79,13 @@ def renormalise(p: Mapping[str, float], available: Collection[str]) -> dict[str,
 
 def _check(sources: Mapping[str, bytes], p: Mapping[str, float], B: int, T: int) -> None:
     if B < 1 or T < 1:
-        raise ValueError(f"B={B} and T={T} have to be at least 1")
+        raise ValueError(f"B={B} and T={T} must be at least 1")
     if p.keys() != sources.keys():
         raise ValueError(
             f"keys of p and sources differ: p has {sorted(p)}, sources has {sorted(sources)}"
         )
     total = math.fsum(p.values())
     if not all(value >= 0 for value in p.values()) or abs(total - 1) > 1e-6:
-        raise ValueError(f"probabilities have to be >= 0 and sum to 1, not {total}: p={dict(p)}")
+        raise ValueError(f"probabilities must be >= 0 and sum to 1, not {total}: p={dict(p)}")
     if short := {name: len(sources[name]) for name in sorted(p) if len(sources[name]) < T + 1}:
         raise ValueError(f"sources shorter than T+1={T + 1} bytes: {short}")

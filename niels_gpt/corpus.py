@@ -1,4 +1,4 @@
-"""The text of a run as a value: what it trains on, and the batch that each step draws from it."""
+"""The text of a run as a value: its sources, and the batch of each step."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,33 +22,33 @@ from niels_gpt.streams import SourceInfo, StreamBuildConfig
 class Row(NamedTuple):
     """A row of a batch: T + 1 bytes. The model reads all but the last, predicts all but the first.
 
-    `text` has them with those replaced that are not UTF-8, as at a cut through a character.
+    In `text`, invalid UTF-8 (as where a character is cut) is replaced.
     """
 
     row: int
     source: str
-    start: int  # the byte of the source that it begins at
+    start: int  # offset in the source
     text: str
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run trains and is evaluated on. Batch k is a function of this value and k alone."""
+    """The text that a run trains and is evaluated on. Batch k depends only on this value and k."""
 
     train: Mapping[str, bytes]  # by source
     val: Mapping[str, bytes]
     p: Mapping[str, float]  # probability of each source of `train`
     seed: int
-    B: int  # rows of a batch
-    T: int  # bytes of a row
-    messages: Sequence[str] = ()  # what the user should know
+    B: int  # rows per batch
+    T: int  # bytes per row
+    messages: Sequence[str] = ()  # for the user
 
     def batch(self, k: int, device: torch.device | str = "cpu") -> Batch:
         """Draw the batch of update k (from 0): x and y, each int64 (B, T) on `device`."""
         return batch_of_step(self.seed, k, self.train, p=self.p, B=self.B, T=self.T, device=device)
 
     def rows(self, k: int) -> list[Row]:
-        """Return the rows of batch k as text, and where each was cut from."""
+        """Return the rows of batch k as text, with their positions in the sources."""
         generator = keyed_generator(self.seed, "batch", k)
         drawn = draw_rows(self.train, p=self.p, B=self.B, T=self.T, generator=generator)
         return [
@@ -63,7 +63,7 @@ class Corpus:
 
     @cached_property
     def sources(self) -> dict[str, dict[str, SourceInfo]]:
-        """Split -> source -> what the stream is; hashes what was not built by `streams`."""
+        """Split -> source -> description of the stream; hashes streams not built by `streams`."""
         splits = {"train": self.train, "val": self.val}
         return {split: streams.describe_sources(given) for split, given in splits.items()}
 
@@ -77,10 +77,10 @@ class Corpus:
 
 
 def open_corpus(model_cfg: ModelConfig, train_cfg: TrainConfig, where: StreamBuildConfig) -> Corpus:
-    """Build the text of a run, and shift the shares of absent sources to those present.
+    """Build the text of a run; shift the shares of absent sources to the available ones.
 
     Raises:
-        ValueError, RuntimeError: if a stream is too short, or there is nothing to train on.
+        ValueError, RuntimeError: if a stream is too short, or there is no text to train on.
     """
     train, val = streams.build_train_val_sources(model_cfg, train_cfg, build_cfg=where)
     p = renormalise(train_cfg.p_train, train)
@@ -96,12 +96,12 @@ def open_corpus(model_cfg: ModelConfig, train_cfg: TrainConfig, where: StreamBui
 
 
 def next_batch(state: TrainState, corpus: Corpus) -> Batch:
-    """Draw the batch of the next step of a run, on the device of its state."""
+    """Draw the batch of a run's next step, on the device of its state."""
     return corpus.batch(state.step, state.device)
 
 
 def advance(
     state: TrainState, corpus: Corpus, step: StepFunction = train_step
 ) -> tuple[TrainState, dict[str, Tensor]]:
-    """Take the next step of a run, as the training loop does."""
+    """Take a run's next step, as the training loop does."""
     return step(state, next_batch(state, corpus), lr_of_step(state.step, state.train_cfg))

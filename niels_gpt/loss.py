@@ -27,7 +27,7 @@ def forward(params: Tree, x: Tensor, cfg: ModelConfig, drop: Tensor | None = Non
 
 
 def logits_of(model: GPT, params: Tree, x: Tensor, drop: Tensor | None = None) -> Tensor:
-    """Compute logits (B, T, V) with a module whose own parameters stand aside."""
+    """Compute logits (B, T, V) with a module, using `params` in place of its own."""
     logits: Tensor = functional_call(model, params, (x,), {"drop": drop}, strict=True)
     return logits
 
@@ -55,7 +55,7 @@ def row_slopes(
 ) -> Tensor:
     """Return the derivative of each row's loss along a direction, (n,): gradient times direction.
 
-    One forward-mode pass (Jacobian-vector product) gives those of all rows of a block.
+    One forward-mode pass (Jacobian-vector product) computes those of all rows of a block.
     """
     slopes = [
         jvp(lambda p, b=block, k=keys: row_losses(p, b, cfg, k), (params,), (direction,))[1]
@@ -74,13 +74,13 @@ def gradients(
 ) -> tuple[Tree, Tensor]:
     """Return the gradient of the mean loss, and the loss.
 
-    The batch is taken in blocks of `rows_per_block` rows, whose gradients are added up. To
-    rounding, that is the gradient of the whole in one pass, dropout included.
+    The batch is processed in blocks of `rows_per_block` rows, whose gradients are summed. Up to
+    rounding, the result is the gradient of the whole batch in one pass, dropout included.
 
     Args:
         batch: x and y, each int64 (B, T).
         drop: (B, S, 2) keys from `niels_gpt.model.dropout`, or None.
-        of_block: what to call for each block, `block_gradients` or a compiled form of it.
+        of_block: the function for each block, `block_gradients` or a compiled version.
     """
     of_block = of_block or block_gradients
     B = len(batch[0])
@@ -96,7 +96,7 @@ def block_gradients(
     def share_of_loss(params: Tree) -> Tensor:
         x, y = block
         nats = cross_entropy(logits_of(model, params, x, keys), y)
-        # a tensor, since the tangent of a scalar times a number is float64, which MPS lacks
+        # a tensor: the tangent of a scalar times a number is float64, which MPS lacks
         return nats * nats.new_full((), len(block[0]) / B)
 
     return grad_and_value(share_of_loss)(params)
@@ -111,10 +111,10 @@ def row_blocks(batch: Batch, drop: Tensor | None) -> list[tuple[Batch, Tensor | 
 
 
 def _add(a: tuple[Tree, Tensor], b: tuple[Tree, Tensor]) -> tuple[Tree, Tensor]:
-    """Add up two blocks' gradients and losses, into the buffers of the first."""
+    """Sum two blocks' gradients and losses, into the buffers of the first."""
     return {name: a[0][name].add_(b[0][name]) for name in a[0]}, a[1] + b[1]
 
 
 def rows_per_block(T: int) -> int:
-    """Return how many rows of T positions are differentiated at a time."""
+    """Return the number of rows of T positions to differentiate at a time."""
     return max(1, ROW_BLOCK // T)

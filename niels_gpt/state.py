@@ -1,4 +1,4 @@
-"""Training state: what the next step needs, and nothing else."""
+"""The training state: exactly what the next step needs."""
 
 from functools import partial
 from typing import NamedTuple
@@ -14,17 +14,17 @@ from niels_gpt.rng import keyed_generator
 
 
 class TrainState(NamedTuple):
-    """A point of the training trajectory: the step maps one to the next."""
+    """A point of the training trajectory; a step maps it to the next."""
 
     params: Tree  # name -> float32 tensor; the tied weight once, as tok_emb.weight
-    opt_state: OptState  # a NamedTuple of trees, which the optimizer alone reads
+    opt_state: OptState  # a NamedTuple of trees that only the optimizer reads
     step: int  # finished updates
     model_cfg: ModelConfig
     train_cfg: TrainConfig
 
     @property
     def device(self) -> torch.device:
-        """Return where the tensors are."""
+        """Return the device of the tensors."""
         return self.params["tok_emb.weight"].device
 
     def trees(self) -> dict[str, Tree]:
@@ -35,9 +35,9 @@ class TrainState(NamedTuple):
 def make_state(
     model_cfg: ModelConfig, train_cfg: TrainConfig, device: torch.device | str = "cpu"
 ) -> TrainState:
-    """Initialise parameters from `train_cfg.seed`, and the optimizer's state, at step 0.
+    """Initialise the parameters from `train_cfg.seed` and the optimizer's state; step 0.
 
-    The weights are drawn on the CPU, so that every device starts from the same ones.
+    Weights are drawn on the CPU, so every device starts from the same ones.
     """
     generator = keyed_generator(train_cfg.seed, "init", 0)
     model = empty_model(model_cfg).apply(partial(init_weights, generator=generator))
@@ -46,9 +46,9 @@ def make_state(
 
 
 def to_modules(state: TrainState) -> tuple[GPT, torch.optim.Optimizer]:
-    """Copy a state into a GPT and a torch.optim optimizer that continue it imperatively.
+    """Copy a state into a GPT and a torch.optim optimizer, to continue it imperatively.
 
-    The learning rate of the optimizer is the config's base_lr: it is not part of the state.
+    The learning rate, which is not part of the state, is set to the config's base_lr.
     """
     model = empty_model(state.model_cfg, state.device)
     params, cfg = dict(model.named_parameters()), state.train_cfg
@@ -76,7 +76,7 @@ def from_modules(
     entries = {name: optimizer.state.get(p) or {} for name, p in model.named_parameters()}
     steps = {int(entry.get("step", 0)) for entry in entries.values()}
     if len(steps) > 1:
-        raise ValueError(f"parameters have seen different numbers of updates: {sorted(steps)}")
+        raise ValueError(f"parameters have had different numbers of updates: {sorted(steps)}")
     step, opt_state = steps.pop(), optimizer_of(train_cfg).init(params)
     if step:
         opt_state = map_tensors(lambda t: t.detach().clone(), from_entries(entries, opt_state))
@@ -84,7 +84,7 @@ def from_modules(
 
 
 def empty_model(cfg: ModelConfig, device: torch.device | str = "cpu") -> GPT:
-    """Build a GPT whose parameters have storage but no values, without drawing any."""
+    """Build a GPT with uninitialised parameters, without random draws."""
     with torch.device("meta"):
         model = GPT(cfg)
     model.to_empty(device=device)

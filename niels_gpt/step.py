@@ -1,8 +1,8 @@
 """The training step: a pure function from one state to the next.
 
-Everything random in step k is a function of (seed, k), so step k is the same in every run. The
-parts (`gradients`, `clipped_update`, `batch_of_step`, `dropout_of_step`) are public and take what
-may vary as arguments: other procedures are other compositions of them.
+Every random draw of step k is a function of (seed, k), so step k is the same in every run. The
+parts (`gradients`, `clipped_update`, `batch_of_step`, `dropout_of_step`) are public and take
+whatever may vary as arguments; compose them differently for other procedures.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,18 +34,18 @@ def train_step(
     gradients: GradientFunction = gradients,
     update: UpdateFunction = clipped_update,
 ) -> tuple[TrainState, dict[str, Tensor]]:
-    """Update once on a batch; return the next state and metrics. Neither argument is changed.
+    """Update once on a batch; return the next state and metrics. The arguments are unchanged.
 
     Args:
         state: after `state.step` updates.
-        batch: x and y, each int64 (B, T), any B, T at most the config's.
+        batch: x and y, each int64 (B, T); any B, and T up to the config's.
         lr: learning rate of this update, a number or a 0-d tensor.
-        gradients, update: other ways to compute what `loss.gradients` and `optim.clipped_update`
-            compute, such as compiled ones.
+        gradients, update: replacements for `loss.gradients` and `optim.clipped_update`, such as
+            compiled ones.
 
     Returns:
-        The new state, and 0-d tensors on its device: "loss", the mean cross entropy in nats of
-        this batch before the update, and "grad_norm", the global norm before clipping.
+        The new state, and 0-d tensors on its device: "loss", the mean cross entropy of this batch
+        in nats before the update, and "grad_norm", the global norm before clipping.
     """
     params, opt_state, step, model_cfg, cfg = state
     drop = dropout_of_step(cfg.seed, step, range(len(batch[0])), model_cfg, batch[0].device)
@@ -86,9 +86,9 @@ def dropout_of_step(
     cfg: ModelConfig,
     device: torch.device | str = "cpu",
 ) -> Tensor | None:
-    """Return the keys of the masks of update `step` for these rows of its batch.
+    """Return the dropout keys of update `step` for these rows of its batch.
 
-    They are (len(rows), S, 2) int32, or None for a model without dropout.
+    Shape (len(rows), S, 2), int32; None for a model without dropout.
     """
     if not cfg.dropout:
         return None

@@ -446,7 +446,7 @@ def stepped(make):
 def test_moments_of_another_optimizer_are_refused():
     model, optimizer = stepped(lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9))
     with pytest.raises(
-        CheckpointError, match=r"another optimizer's: it holds \['momentum_buffer'\] for tok_emb"
+        CheckpointError, match=r"from another optimizer: it has \['momentum_buffer'\] for tok_emb"
     ):
         state_from_payload(plain_payload(optimizer, model), TINY, TrainConfig())
 

@@ -1,7 +1,7 @@
 """Optimizers as values: pure functions on trees, as in optax.
 
-Plain tensor operations throughout: fused and foreach kernels cannot be vmapped. To add one, write
-its module (`adamw` shows the three functions) and its line in `OPTIMIZERS`.
+All use plain tensor operations: fused and foreach kernels cannot be vmapped. To add an optimizer,
+write a module with the three functions of `adamw` and add a line to `OPTIMIZERS`.
 """
 
 import reprlib
@@ -16,11 +16,11 @@ from niels_gpt.optim import adamw
 from niels_gpt.optim.clip import clip_by_global_norm
 from niels_gpt.optim.trees import Tree
 
-OptState = Any  # a NamedTuple of trees, which the optimizer alone reads; each optimizer has its own
+OptState = Any  # a NamedTuple of trees that only the optimizer reads; each optimizer has its own
 
 
 class Optimizer(NamedTuple):
-    """How parameters follow their gradients, and the same as torch.optim does it."""
+    """An update rule as pure functions, and its equivalent in torch.optim."""
 
     init: Callable[[Tree], OptState]
     update: Callable[..., tuple[Tree, OptState]]  # signature as `adamw.update`
@@ -36,7 +36,7 @@ def optimizer_of(cfg: TrainConfig) -> Optimizer:
 
 
 def state_fields() -> set[str]:
-    """Return the names under which optimizers keep a tensor of the shape of its parameter."""
+    """Return the names of all per-parameter tensors in the states of the optimizers."""
     return {field for optimizer in OPTIMIZERS.values() for field in optimizer.init({})._fields}
 
 
@@ -51,11 +51,11 @@ def clipped_update(
     weight_decay: float | Tensor,
     max_norm: float | Tensor,
 ) -> tuple[Tree, OptState, Tensor]:
-    """Clip, then update: return new params and opt_state, and the norm before the clip.
+    """Clip, then update; return the new params and opt_state, and the norm before clipping.
 
     Args:
         count: number of this update, from 1.
-        lr, weight_decay: numbers or 0-d tensors, the latter so that a sweep can map over them.
+        lr, weight_decay: numbers, or 0-d tensors so that a sweep can map over them.
     """
     grads, norm = clip_by_global_norm(grads, max_norm)
     new_params, new_state = optimizer.update(
@@ -64,11 +64,11 @@ def clipped_update(
     return new_params, new_state, norm
 
 
-# --- the same, as torch.optim keeps it: parameter -> {"step": ..., field: tensor} -----------------
+# --- the format of torch.optim: parameter -> {"step": ..., field: tensor} ------------------------
 
 
 def to_entries(opt_state: OptState, names: Iterable[str], step: int) -> dict[str, dict[str, Any]]:
-    """Return name -> what a torch.optim optimizer holds of it; nothing before the first update."""
+    """Return the state as torch.optim holds it, by parameter; empty before the first update."""
     if not step:
         return {}
     fields = opt_state._asdict()
@@ -82,10 +82,10 @@ def to_entries(opt_state: OptState, names: Iterable[str], step: int) -> dict[str
 
 
 def from_entries(entries: Mapping[str, Mapping[str, Any]], initial: OptState) -> OptState:
-    """Return the state that entries hold; inverse of `to_entries`.
+    """Return the state held in torch.optim's entries; inverse of `to_entries`.
 
     Args:
-        initial: `init(params)`, which says what belongs in an entry.
+        initial: `init(params)`, which determines the keys of an entry.
 
     Raises:
         ValueError: if an entry has other keys.
@@ -94,7 +94,7 @@ def from_entries(entries: Mapping[str, Mapping[str, Any]], initial: OptState) ->
         expected = {"step", *(f for f, tree in initial._asdict().items() if name in tree)}
         if expected != entry.keys():
             raise ValueError(
-                "the optimizer state is another optimizer's: it holds "
+                "the optimizer state is from another optimizer: it has "
                 f"{reprlib.repr(sorted(entry, key=str))} for {name}, not {sorted(expected)}"
             )
     trees = {

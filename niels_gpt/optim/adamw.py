@@ -52,16 +52,16 @@ def update(
 
 
 def twin(params: Mapping[str, Tensor], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Return the torch.optim optimizer that does the same in place."""
+    """Return the equivalent torch.optim optimizer, which updates in place."""
     return torch.optim.AdamW(
         params.values(), lr=lr, betas=BETAS, eps=EPS, weight_decay=weight_decay
     )
 
 
 def preconditioner(opt_state: object, count: int) -> Tree | None:
-    """Return what update `count` divided by: P = sqrt(exp_avg_sq / (1 - beta2^count)) + eps.
+    """Return the divisor of update `count`: P = sqrt(exp_avg_sq / (1 - beta2^count)) + eps.
 
-    None where AdamW has seen no gradient, or another optimizer is at work.
+    None if AdamW has seen no gradient, or for another optimizer's state.
     """
     if not isinstance(opt_state, AdamWState) or not to_vector(opt_state.exp_avg_sq).any():
         return None

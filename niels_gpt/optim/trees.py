@@ -15,7 +15,7 @@ def global_norm(tree: Tree) -> Tensor:
 
 
 def zeros_like(tree: Tree) -> Tree:
-    """Return a tree of zeros of the same names and shapes."""
+    """Return a tree of zeros with the same names and shapes."""
     return {name: torch.zeros_like(x) for name, x in tree.items()}
 
 
@@ -25,15 +25,15 @@ def to_vector(tree: Tree) -> Tensor:
 
 
 def to_tree(vector: Tensor, like: Tree) -> Tree:
-    """Cut a vector (P,) into a tree; inverse of `to_vector`."""
+    """Split a vector (P,) into a tree; inverse of `to_vector`."""
     parts = torch.split(vector, [x.numel() for x in like.values()])
     return {name: part.view_as(x) for part, (name, x) in zip(parts, like.items(), strict=True)}
 
 
 def map_tensors(function: Callable[..., Tensor], first: Any, *others: Any) -> Any:
-    """Apply a function to the tensors at each place of one or more trees, or tuples of trees.
+    """Map a function over the tensors of one or more trees, or tuples of trees.
 
-    What is not a tensor (a step, a config) is taken from the first: a `TrainState` maps as well.
+    Leaves that are not tensors (a step, a config) come from the first, so a `TrainState` works too.
     """
     if isinstance(first, Tensor):
         return function(first, *others)

@@ -1,7 +1,7 @@
-"""The step with its parts compiled by `torch.compile`, and the check that comes before its use.
+"""The step with parts compiled by `torch.compile`, checked before use.
 
-What is compiled is `block_gradients`, from outside the `torch.func` transform (inside is rejected),
-once for the shape of a block, and `clipped_update`. The loop over blocks stays eager.
+The compiled parts are `block_gradients`, from outside the `torch.func` transform (inside is
+rejected), once per block shape, and `clipped_update`. The loop over blocks stays eager.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ TOLERANCE = 1e-3  # of the largest element of each tensor; rounding gives about 
 
 
 def compile_step() -> StepFunction:
-    """Return `train_step` of compiled parts; compilation happens on the first call."""
+    """Return `train_step` with compiled parts; compilation happens on the first call."""
     gradients, update = compile_parts()
     return partial(train_step, gradients=gradients, update=update)
 
@@ -38,7 +38,7 @@ def compile_parts() -> tuple[GradientFunction, UpdateFunction]:
     of_numbers = torch.compile(clipped_update, dynamic=False, fullgraph=True)
 
     def update(*trees: Any, count: int, lr: float | Tensor, **fixed: Any) -> Any:
-        """Pass what changes at every step as tensors: numbers would be compiled in."""
+        """Pass values that change every step as tensors: numbers would be compiled in."""
         return of_numbers(*trees, count=torch.tensor(count), lr=torch.as_tensor(lr), **fixed)
 
     return partial(gradients, of_block=of_block), update
@@ -57,16 +57,16 @@ def tree_difference(a: Tree, b: Tree) -> Tensor:
 def step_difference(
     state: TrainState, batch: Batch, parts: tuple[GradientFunction, UpdateFunction]
 ) -> float:
-    """Return how far these `gradients` and `clipped_update` are from the eager ones.
+    """Return how far these `gradients` and `clipped_update` differ from the eager ones.
 
-    The updates are compared on equal gradients: dividing by their size magnifies rounding.
+    Updates are compared on equal gradients, because dividing by their size amplifies rounding.
     """
     compiled_gradients, update = parts
     cfg, rows, device = state.train_cfg, range(len(batch[0])), batch[0].device
     drop = dropout_of_step(cfg.seed, state.step, rows, state.model_cfg, device)
     expected, _ = gradients(state.params, batch, state.model_cfg, drop)
     found = compiled_gradients(state.params, batch, state.model_cfg, drop)
-    lr = cfg.base_lr  # that of a first step can be 0 and would show nothing
+    lr = cfg.base_lr  # the rate of a first step can be 0, which would hide any difference
     eager, compiled = (
         train_step(state, batch, lr, gradients=lambda *_: found, update=each)[0].trees()
         for each in (clipped_update, update)
@@ -78,7 +78,7 @@ def step_difference(
 def choose_step(
     state: TrainState, batch: Batch, say: Callable[[str], None]
 ) -> tuple[StepFunction, bool]:
-    """Compile the step and compare it with the eager one on a batch; fall back where they differ.
+    """Compile the step and compare it with the eager one on a batch; fall back if they differ.
 
     Returns:
         The step to use, and whether it is the compiled one.
@@ -86,11 +86,11 @@ def choose_step(
     gradients, update = parts = compile_parts()
     try:
         difference = step_difference(state, batch, parts)
-    except Exception as error:  # whatever a compiler may raise
-        say(f"compile: failed, going on eagerly: {type(error).__name__}: {_first_line(error)}")
+    except Exception as error:  # compilers may raise anything
+        say(f"compile: failed, using the eager step: {type(error).__name__}: {_first_line(error)}")
         return train_step, False
     if not difference <= TOLERANCE:
-        say(f"compile: the compiled step differs by {difference:.1e} from the eager one: not used")
+        say(f"compile: not used; the compiled step differs by {difference:.1e} from the eager one")
         return train_step, False
     say(f"compile: used; the compiled step differs by {difference:.1e} from the eager one")
     return partial(train_step, gradients=gradients, update=update), True

@@ -1,6 +1,6 @@
-"""What a run will cost, from arithmetic, a few steps that are timed, and what those steps used.
+"""The cost of a run, estimated from arithmetic and from a few measured steps.
 
-Nothing is written and the plan's state is not changed: a step returns a new one.
+Nothing is written, and the plan's state is unchanged: a step returns a new one.
 """
 
 import io
@@ -33,7 +33,7 @@ TIMED_STEPS = 2
 
 
 def estimate(plan: Plan, *, as_json: bool = False) -> str:
-    """Return what `train --dry-run` prints: the sources, and what the run will cost."""
+    """Return the output of `train --dry-run`: the sources and the cost of the run."""
     if as_json:
         found = {"notes": plan.messages, "sources": plan.corpus.record, **costs(plan)}
         return json.dumps(found, indent=2, ensure_ascii=False)
@@ -43,9 +43,9 @@ def estimate(plan: Plan, *, as_json: bool = False) -> str:
 def costs(plan: Plan) -> dict[str, Any]:
     """Return the cost of a run as numbers: counts, bytes, seconds.
 
-    Three steps are taken, the first one untimed because it also pays for what is done once, and
-    one batch is evaluated. `memory_bytes` is the most that this process has used so far plus a
-    checkpoint being saved; on a GPU it is the main memory alone.
+    Takes three steps, the first untimed because it includes one-time costs, and evaluates one
+    batch. `memory_bytes` is this process's peak so far plus a checkpoint being saved; on a GPU it
+    covers main memory only.
     """
     cfg, model_cfg = plan.state.train_cfg, plan.state.model_cfg
     state, seconds_per_step = _time_steps(plan)
@@ -67,13 +67,13 @@ def costs(plan: Plan) -> dict[str, Any]:
         "memory_here_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "checkpoint_bytes": size,
         "checkpoint_files": files,
-        "disk_bytes": (files + 1) * size,  # a file is replaced by a whole new one beside it
+        "disk_bytes": (files + 1) * size,  # a new file is complete before it replaces the old one
         "disk_free_bytes": shutil.disk_usage(_nearest_folder(plan.out)).free,
     }
 
 
 def checkpoint_bytes(plan: Plan, state: TrainState) -> int:
-    """Return the size of the file that a state of this run makes."""
+    """Return the size of a checkpoint of this run."""
     extra = checkpoint_extra(plan.scores, plan.corpus.record, plan.environment)
     payload = state_payload(state, best_val_loss=math.e, extra=extra)
     buffer = io.BytesIO()
@@ -82,12 +82,12 @@ def checkpoint_bytes(plan: Plan, state: TrainState) -> int:
 
 
 def periodic_checkpoints(cfg: TrainConfig) -> int:
-    """Count the `step_*.pt` that a whole run leaves."""
+    """Count the `step_*.pt` files of a complete run."""
     return cfg.total_steps // cfg.ckpt_every
 
 
 def peak_memory_bytes() -> int:
-    """Return the most main memory that this process has held since it began."""
+    """Return this process's peak use of main memory."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
@@ -162,10 +162,10 @@ def _cost_lines(c: dict[str, Any]) -> list[str]:
         f"{'disk':<14}{size(c['checkpoint_bytes'])} a checkpoint, {c['checkpoint_files']:,} files "
         f"and one being written: {size(c['disk_bytes'])} of the {size(c['disk_free_bytes'])} free",
         *(
-            f"warning: {what} does not suffice"
+            f"warning: not enough {what}"
             for what, need, have in (
-                ("the memory", c["memory_bytes"], c["memory_here_bytes"]),
-                ("the free disk space", c["disk_bytes"], c["disk_free_bytes"]),
+                ("memory", c["memory_bytes"], c["memory_here_bytes"]),
+                ("free disk space", c["disk_bytes"], c["disk_free_bytes"]),
             )
             if need > have
         ),
@@ -174,7 +174,7 @@ def _cost_lines(c: dict[str, Any]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as people say them, to two figures or so."""
+    """Format seconds for people, to about two significant digits."""
     if seconds < 9.5:
         return f"{seconds:.2g} s"
     if seconds < 99.5:
@@ -185,7 +185,7 @@ def duration(seconds: float) -> str:
 
 
 def size(n: int) -> str:
-    """Write a number of bytes in decimal units."""
+    """Format a number of bytes in decimal units."""
     if n < 1000:
         return f"{n} byte" + "s" * (n != 1)
     value, units = n / 1000, ["kB", "MB", "GB", "TB"]

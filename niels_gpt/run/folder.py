@@ -1,4 +1,4 @@
-"""The output folder of a run: its checkpoints, its metrics, and what an earlier run left there."""
+"""The output folder of a run: its checkpoints and metrics, and files of earlier runs."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Folder:
         self.path = plan.out
         self.metrics = MetricsFile(plan.out / METRICS, plan.records)
         self.is_saved = plan.resumed is not None  # whether the last save succeeded
-        self.environment = plan.environment  # as the checkpoints tell it
+        self.environment = plan.environment  # as stored in checkpoints
         self._plan = plan
         self._console = console
         self._claimed = False
         self._good = plan.resumed.path if plan.resumed else None
 
     def save(self, names: Sequence[str], state: TrainState, scores: Scores) -> bool:
-        """Save a state durably under each name in turn; say so when it fails, and return False."""
+        """Save a state durably under each name in turn; on failure, report it and return False."""
         extra = checkpoint_extra(scores, self._plan.corpus.record, self.environment)
         payload = state_payload(state, best_val_loss=scores.best_val_loss, extra=extra)
         try:
@@ -47,7 +47,7 @@ class Folder:
             self.is_saved = False
             self._console.warn(
                 f"SAVE FAILED after step {state.step}: {error}; "
-                f"the next save tries again; {self.last_good()}"
+                f"the next save will retry; {self.last_good()}"
             )
             return False
         self.is_saved, self._good = True, self.path / names[-1]
@@ -55,11 +55,11 @@ class Folder:
         return True
 
     def last_good(self) -> str:
-        """Name the newest checkpoint that this run knows to be good."""
+        """Name the newest checkpoint known to be good."""
         return f"last good checkpoint: {self._good}" if self._good else "no checkpoint yet"
 
     def _claim(self) -> None:
-        """Make the folder this run's: what an earlier run left there moves into a subfolder."""
+        """Claim the folder for this run: move files of an earlier run into a subfolder."""
         if self._claimed:
             return
         durable.remove_temporaries(self.path)
@@ -76,13 +76,11 @@ class Folder:
         self._claimed = True
 
     def _sync_metrics(self) -> None:
-        """A log that cannot be written does not keep a checkpoint from being saved."""
+        """Sync the metrics; a failure does not prevent saving a checkpoint."""
         try:
             self.metrics.sync()
         except OSError as error:
-            self._console.warn(
-                f"{self.metrics.path}: {error.strerror}; tried again at the next save"
-            )
+            self._console.warn(f"{self.metrics.path}: {error.strerror}; the next save will retry")
 
 
 def _is_in(path: Path, folder: Path) -> bool:
@@ -90,13 +88,13 @@ def _is_in(path: Path, folder: Path) -> bool:
 
 
 def _is_later(path: Path, step: int) -> bool:
-    """Tell whether a file of the folder is a checkpoint of a later step, or not a good one."""
+    """Return whether a file of the folder is a checkpoint of a later step, or damaged."""
     if path.name == METRICS:
         return False
     if path.name.startswith("step_"):
         return int(path.stem.removeprefix("step_")) > step
     try:
         later: bool = load_checkpoint(path, device="cpu")["step"] > step
-    except (CheckpointError, FileNotFoundError):  # the latter for a link to nowhere
+    except (CheckpointError, FileNotFoundError):  # the latter for a dangling link
         return True
     return later

@@ -1,7 +1,7 @@
 """Run a `train` command: check, lock the folder, run, return an exit code.
 
-The codes: 0 done, 2 refused before the first step, 1 failed after that, 128 + n after signal n.
-Torch is imported only once the config is known to be good.
+Exit codes: 0 done, 2 invalid input (nothing trained), 1 failed after that, 128 + n after signal n.
+Torch is imported only after the config has been validated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def run_command(options: TrainOptions, console: Console) -> int:
-    """Run the command and return its exit code; everything else is told on the console."""
+    """Run the command, reporting to the console; return the exit code."""
     stop = Stop()
     with stop.active(), contextlib.ExitStack() as locks:
         try:
@@ -44,7 +44,7 @@ def run_command(options: TrainOptions, console: Console) -> int:
 
 
 def _prepare(options: TrainOptions, locks: contextlib.ExitStack) -> Plan:
-    """Check the config before torch is imported, so that a mistake is told at once."""
+    """Validate the config before importing torch, so that mistakes are reported at once."""
     model_cfg, train_cfg = load_config_from_json(find_config(options.config), options.overrides)
     keep_freed_memory()
     from niels_gpt.files import durable
@@ -54,12 +54,12 @@ def _prepare(options: TrainOptions, locks: contextlib.ExitStack) -> Plan:
         raise FileNotFoundError(f"--resume {options.resume}: no such checkpoint")
     if options.resume is not None and os.path.isdir(options.resume) and options.resume != "latest":
         raise ValueError(
-            f"--resume {options.resume}: is a folder; "
-            f"--resume latest --out {options.resume} takes the newest good checkpoint in it"
+            f"--resume {options.resume}: is a folder; use "
+            f"--resume latest --out {options.resume} for the newest good checkpoint in it"
         )
     out = output_folder(options)
     if options.resume == "latest" and not out.is_dir():
-        raise FileNotFoundError(f"--resume latest: there is no folder {out}")
+        raise FileNotFoundError(f"--resume latest: folder not found: {out}")
     if options.dry_run:
         durable.check_folder(out)
     else:

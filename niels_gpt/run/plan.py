@@ -1,7 +1,7 @@
-"""Everything that can be found wrong before the first step, found before the first step.
+"""All checks that can be made before the first step.
 
-`make_plan` turns what the user asked for into what the loop needs. It writes nothing but the cache
-of built streams, and every error that it raises is the user's to mend.
+`make_plan` turns the user's options into what the loop needs. It writes only the cache of built
+streams, and every error that it raises is about the user's input.
 """
 
 import shutil
@@ -30,36 +30,36 @@ from niels_gpt.run.options import TrainOptions
 from niels_gpt.state import TrainState, make_state
 from niels_gpt.streams import locate
 
-COMPILE_FLOPS = 1e14  # a run of so many is compiled by default: about 20 minutes on two cores
+COMPILE_FLOPS = 1e14  # compile longer runs by default: about 20 minutes on two cores
 
 
 class Resume(NamedTuple):
-    """Where a run goes on from."""
+    """The checkpoint to resume from."""
 
     path: Path
     payload: dict[str, Any]
-    skipped: list[tuple[Path, str]]  # damaged checkpoints that `latest` passed over
+    skipped: list[tuple[Path, str]]  # damaged checkpoints that `latest` skipped
 
 
 class Plan(NamedTuple):
-    """What the loop needs, checked."""
+    """Everything the loop needs, validated."""
 
     state: TrainState
     scores: Scores
     records: list[Record]  # metrics up to the state
     out: Path
     corpus: Corpus
-    environment: dict[str, Any]  # what else can change bits
-    why_compile: str  # why the step is compiled, or is not
+    environment: dict[str, Any]  # other conditions that can change bits
+    why_compile: str  # why the step is compiled or not
     resumed: Resume | None
     messages: list[str]  # for the user
 
 
 def make_plan(model_cfg: ModelConfig, train_cfg: TrainConfig, options: TrainOptions) -> Plan:
-    """Check and load everything that a run needs.
+    """Validate and load everything that a run needs.
 
     Raises:
-        ValueError, RuntimeError, OSError: with what is wrong; nothing was changed.
+        ValueError, RuntimeError, OSError: for invalid input; nothing was changed.
     """
     device = resolve_device(options.device)
     resumed, messages = None, []
@@ -96,7 +96,7 @@ def make_plan(model_cfg: ModelConfig, train_cfg: TrainConfig, options: TrainOpti
 
 
 def output_folder(options: TrainOptions) -> Path:
-    """Return where checkpoints go: as asked, else beside the checkpoint that is resumed."""
+    """Return the output folder: as given, else that of the checkpoint to resume."""
     if options.out is not None:
         return options.out
     if options.resume in (None, "latest"):
@@ -105,11 +105,11 @@ def output_folder(options: TrainOptions) -> Path:
 
 
 def find_resume(name: str, folder: Path) -> Resume:
-    """Load the checkpoint to go on from: a path, or `latest` for the newest good one of a folder.
+    """Load the checkpoint to resume: a path, or `latest` for the newest good one in a folder.
 
     Raises:
         FileNotFoundError: if there is none.
-        CheckpointError: if the file named is not good.
+        CheckpointError: if the named file is invalid.
     """
     if name != "latest":
         return Resume(Path(name), load_checkpoint(name, device="cpu"), [])
@@ -123,13 +123,13 @@ def find_resume(name: str, folder: Path) -> Resume:
 def resume_state(
     payload: dict[str, Any], model_cfg: ModelConfig, train_cfg: TrainConfig, device: str
 ) -> tuple[TrainState, Scores]:
-    """Return the state and scores of a checkpoint; ValueError if its model has another shape."""
+    """Return the state and scores of a checkpoint; ValueError if the model shape differs."""
     state = state_from_payload(payload, model_cfg, train_cfg, device)
     return state, kept_scores(payload)
 
 
 def describe_environment(device: str, compiled: bool) -> dict[str, Any]:
-    """Return what, besides config and data, can change the bits of a run."""
+    """Return the conditions, besides config and data, that can change the bits of a run."""
     return {
         "torch": torch.__version__,
         "device": device,
@@ -140,7 +140,7 @@ def describe_environment(device: str, compiled: bool) -> dict[str, Any]:
 
 
 def resume_warnings(resumed: Resume, train_cfg: TrainConfig) -> list[str]:
-    """Say what was passed over, what cannot be carried on exactly, and which settings changed."""
+    """Return messages about skipped files, inexact resumption, and changed settings."""
     before, now = resumed.payload["train_cfg"], to_dict(train_cfg)
     changed = [
         f"train.{name}: {before[name]!r} in the checkpoint, now {now[name]!r}"
@@ -155,7 +155,7 @@ def resume_warnings(resumed: Resume, train_cfg: TrainConfig) -> list[str]:
 
 
 def data_changes(payload: Mapping[str, Any], sources: Mapping[str, Any]) -> list[str]:
-    """Return a line for each stream that is not the one that the checkpoint was trained on."""
+    """Return a line for each stream that differs from the checkpoint's."""
     before = kept_sources(payload)
     if before is None:
         return []
@@ -169,11 +169,11 @@ def data_changes(payload: Mapping[str, Any], sources: Mapping[str, Any]) -> list
 
 
 def environment_changes(payload: Mapping[str, Any], environment: Mapping[str, Any]) -> list[str]:
-    """Return a line for each condition, other than data, under which the bits may differ."""
+    """Return a line for each changed condition, other than data, that may change bits."""
     before = kept_environment(payload) or environment
     return [
         f"{name}: {before.get(name)!r} in the checkpoint, now {value!r}: "
-        "the result may differ from the uninterrupted run's in the last bits"
+        "the result may differ from an uninterrupted run in the last bits"
         for name, value in environment.items()
         if before.get(name) != value
     ]
@@ -189,8 +189,8 @@ def _refuse_unless(allowed: bool, path: Path, changes: list[str]) -> None:
     if not allowed:
         lines = "".join(f"\n  {line}" for line in changes)
         raise ValueError(
-            f"{path}: the text is not the one that this run was trained on:{lines}\n"
-            "give the same text, or --allow-data-change to go on with the new one"
+            f"{path}: the text differs from the text of this run:{lines}\n"
+            "give the same text, or use --allow-data-change to continue with the new text"
         )
 
 
@@ -201,20 +201,21 @@ def choose_compile(
     model_cfg: ModelConfig,
     cfg: TrainConfig,
 ) -> tuple[bool, str]:
-    """Choose whether to compile: as asked, else as the run resumed, else where it pays back.
+    """Choose whether to compile: as requested, else as in the resumed run, else if it pays off.
 
-    Compiling takes a minute or two, and spares about a sixth of the time of a step on a CPU. On
-    MPS compiled models have gone wrong, so not there. Also returns the reason.
+    Compiling takes a minute or two and saves about a sixth of the time of a step on a CPU. On MPS
+    it is off by default, because compiled models have given wrong results there. Also returns the
+    reason.
     """
     if asked is not None:
-        return asked, "as asked"
+        return asked, "as requested"
     if inherited is not None:
-        return inherited, "as the run that is resumed"
+        return inherited, "as in the resumed run"
     if device != "cpu":
         return False, f"not by default on {device}"
     flops = cfg.total_steps * step_flops(model_cfg, B=cfg.B)
     if flops < COMPILE_FLOPS:
-        return False, "too short a run to pay back"
+        return False, "the run is too short to benefit"
     if shutil.which("c++") is None:
-        return False, "there is no C++ compiler"
-    return True, "a run long enough to pay back"
+        return False, "no C++ compiler was found"
+    return True, "the run is long enough to benefit"

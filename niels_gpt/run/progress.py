@@ -1,4 +1,4 @@
-"""What a run tells of itself: lines, a live line, and records with the clock in them."""
+"""The output of a run: log lines, a live line, and timed metrics records."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from niels_gpt.state import TrainState
 
 
 class Console(Protocol):
-    """Where a run tells what it does; the command line has one that writes to the terminal."""
+    """The output of a run; the command line provides one that writes to the terminal."""
 
     @property
     def is_live(self) -> bool:
-        """Whether somebody sees the live line."""
+        """Whether a live line is visible."""
 
     def say(self, *lines: str) -> None:
         """Print lines."""
@@ -28,17 +28,17 @@ class Console(Protocol):
         """Replace the live line."""
 
     def tell(self, *messages: str) -> None:
-        """Tell the user something about the run."""
+        """Print messages for the user."""
 
     def warn(self, line: str) -> None:
-        """Print a message."""
+        """Print a line on stderr."""
 
     def fail(self, error: BaseException | str, hint: str = "") -> None:
-        """Say what went wrong."""
+        """Print an error."""
 
 
 def say_opening(plan: Plan, console: Console) -> None:
-    """Say what is trained, on what, from where."""
+    """Print the sources, the model, the environment, and where the run resumes."""
     console.tell(*plan.messages)
     for split, infos in plan.corpus.sources.items():
         console.say(*(f"{split}/{name}: {info}" for name, info in infos.items()))
@@ -46,15 +46,15 @@ def say_opening(plan: Plan, console: Console) -> None:
     count = sum(p.numel() for p in state.params.values())
     step_bytes = state.train_cfg.B * state.model_cfg.T
     environment = ", ".join(f"{name} {value}" for name, value in plan.environment.items())
-    console.say(f"{count:,} parameters, {step_bytes:,} bytes a step; {environment}")
+    console.say(f"{count:,} parameters, {step_bytes:,} bytes per step; {environment}")
     chosen = "compiled" if plan.environment["compile"] else "not compiled"
-    console.say(f"the step is {chosen}: {plan.why_compile} (--compile or --no-compile to choose)")
+    console.say(f"the step is {chosen}: {plan.why_compile} (--[no-]compile overrides this)")
     if plan.resumed:
         console.say(f"resuming {plan.resumed.path} after step {state.step}")
 
 
 class Reporter:
-    """Turns what the loop does into lines, a live line, and records with the clock in them."""
+    """Reports the loop's progress as log lines, a live line, and timed metrics records."""
 
     def __init__(self, plan: Plan, metrics: MetricsFile, console: Console) -> None:
         cfg = plan.state.train_cfg
@@ -68,7 +68,7 @@ class Reporter:
         self._shown = 0.0
 
     def on_step(self, step: int, lr: float, metrics: dict[str, Tensor]) -> None:
-        """Refresh the live line, at most twice a second: on a GPU it waits for the step."""
+        """Refresh the live line at most twice a second, because on a GPU it waits for the step."""
         now = time.monotonic()
         if self._console.is_live and now - self._shown > 0.5:
             self._shown = now
@@ -80,7 +80,7 @@ class Reporter:
             )
 
     def on_log(self, step: int, lr: float, values: dict[str, float]) -> None:
-        """Print a log line and keep a record."""
+        """Print a log line and add a record."""
         now = time.monotonic()
         speed = self._speed(step, now)
         self._losses = [*self._losses[:1], values["loss"]]
@@ -92,7 +92,7 @@ class Reporter:
         self._last_time, self._last_step = now, step
 
     def on_eval(self, step: int, scores: Scores) -> None:
-        """Print an evaluation and keep a record; its time does not count into the speed."""
+        """Print an evaluation and add a record; its time does not count towards the speed."""
         now = time.monotonic()
         loss = scores.val_loss
         assert loss is not None
@@ -105,13 +105,13 @@ class Reporter:
         self._last_time, self._last_step = now, step
 
     def closing(self, state: TrainState, scores: Scores) -> None:
-        """Sum up the run."""
+        """Print a summary of the run."""
         say = self._console.say
         say(f"finished {state.step} steps in {_duration(time.monotonic() - self._start)}")
         if self._losses:
             say(f"training loss: first logged {self._losses[0]:.4f}, last {self._losses[-1]:.4f}")
         if scores.val_loss is not None:
-            known = scores.best_step is not None  # not by the checkpoint of a plain loop
+            known = scores.best_step is not None  # unknown if a plain loop wrote the checkpoint
             say(
                 f"validation loss (wiki): {scores.val_loss:.4f} nats; best "
                 f"{scores.best_val_loss:.4f}"
@@ -131,7 +131,7 @@ class Reporter:
         try:
             self._metrics.add({**seen, **values, "seconds": seconds, **clock})
         except OSError as error:
-            self._console.warn(f"{self._metrics.path}: {error.strerror}; tried again later")
+            self._console.warn(f"{self._metrics.path}: {error.strerror}; will retry")
 
 
 def _duration(seconds: float) -> str:

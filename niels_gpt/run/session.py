@@ -1,4 +1,4 @@
-"""A run: the loop with its ports connected to the folder, the console, the clock and signals."""
+"""A run: the loop connected to the output folder, the console, the clock and signals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from niels_gpt.step import StepFunction, train_step
 
 
 def train(plan: Plan, options: TrainOptions, console: Console, stop: Stop) -> int:
-    """Run the loop on a plan and return the exit code; everything else goes to the console."""
+    """Run the loop on a plan, reporting to the console; return the exit code."""
     say_opening(plan, console)
     folder = Folder(plan, console)
     try:
@@ -44,7 +44,7 @@ def train(plan: Plan, options: TrainOptions, console: Console, stop: Stop) -> in
 
 
 def _step_of(plan: Plan, folder: Folder, console: Console, stop: Stop) -> StepFunction:
-    """Return the step to train with, compiled if asked for; the folder notes which it is."""
+    """Return the step to train with, compiled if requested; the folder records which."""
     state, corpus, device = plan.state, plan.corpus, plan.environment["device"]
     if not plan.environment["compile"] or state.step >= state.train_cfg.total_steps:
         return train_step
@@ -62,7 +62,7 @@ def _step_of(plan: Plan, folder: Folder, console: Console, stop: Stop) -> StepFu
 def ports_of(
     plan: Plan, folder: Folder, reporter: Reporter, stop: Stop, step: StepFunction = train_step
 ) -> loop.Ports:
-    """Connect the loop: batches and rates of the plan, and what becomes of states and numbers."""
+    """Connect the loop to the plan's batches and learning rates, the folder and the reporter."""
     cfg, corpus, device = plan.state.train_cfg, plan.corpus, plan.environment["device"]
     return loop.Ports(
         batch=lambda step: corpus.batch(step, device),
@@ -80,7 +80,7 @@ def ports_of(
 
 
 def resume_line(options: TrainOptions, folder: Path) -> str:
-    """Return the command that goes on from the last checkpoint of this run."""
+    """Return the command that resumes from the last checkpoint of this run."""
     given = {
         "--config": [options.config],
         "--set": options.overrides,

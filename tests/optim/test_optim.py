@@ -187,7 +187,7 @@ def test_entries_hold_the_whole_state(name):
     assert same(from_entries(entries, initial), opt_state)
     assert to_entries(initial, params, 0) == {}
     entries["ln_f.bias"] = {"step": torch.tensor(2.0), "momentum_buffer\x1b": torch.zeros(8)}
-    with pytest.raises(ValueError, match=r"holds \['momentum_buffer\\x1b', 'step'\] for ln_f.bias"):
+    with pytest.raises(ValueError, match=r"has \['momentum_buffer\\x1b', 'step'\] for ln_f.bias"):
         from_entries(entries, initial)
 
 

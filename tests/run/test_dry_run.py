@@ -85,7 +85,7 @@ def test_estimating_writes_nothing_and_leaves_the_state_alone(texts, tmp_path):
     assert not [*tmp_path.rglob("*")]
     for word in ("train/wiki", "parameters", "GFLOP", "time", "memory", "disk", "nothing was"):
         assert word in text
-    assert "does not suffice" not in text
+    assert "not enough" not in text
 
 
 def test_what_does_not_fit_is_said(texts, monkeypatch):
@@ -94,8 +94,8 @@ def test_what_does_not_fit_is_said(texts, monkeypatch):
     plan = plan_of(texts, Path("/"))
     monkeypatch.setattr(module, "checkpoint_bytes", lambda plan, state: 10**18)
     lines = estimate(plan).splitlines()
-    assert "warning: the memory does not suffice" in lines
-    assert "warning: the free disk space does not suffice" in lines
+    assert "warning: not enough memory" in lines
+    assert "warning: not enough free disk space" in lines
 
 
 @pytest.mark.parametrize(
