@@ -105,7 +105,7 @@ def extend(model: GPT, context: Context, ids: Tensor) -> Context:
 
 def _read(model: GPT, ids: Tensor, past: Past) -> Context:
     """Read bytes (B, n) after those that `past` holds."""
-    logits, past = model(ids, past=past)
+    logits, past = model.read(ids, past)
     return Context(ids, past, logits[:, -1, :BYTES])
 
 

@@ -6,10 +6,11 @@ Dropout acts once on each residual branch, on the embedding, and on the attentio
 Its randomness enters in one of two ways: `drop` carries keys (see `niels_gpt.model.dropout`), or,
 with `drop=None`, a module in `train()` mode draws from torch's global generator like any other.
 
-With `past`, x continues a text whose first t positions were seen before: their keys and values come
-in as an argument and go out extended, so that nothing is computed twice and nothing is stored here.
+`extend` continues a text whose first t positions were seen before: their keys and values come in as
+an argument and go out extended, so that nothing is computed twice and nothing is stored here.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,48 +60,70 @@ class CausalSelfAttention(nn.Module):
         return_attn: bool = False,
         drop: Tensor | None = None,
         tables: tuple[Tensor, Tensor] | None = None,
-        past: KV | None = None,
-    ) -> Tensor | tuple[Any, ...]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Map (B, T, C) to (B, T, C).
 
         Args:
             x: (B, T, C).
-            return_attn: also return the (B, H, T, t + T) probabilities, before dropout.
+            return_attn: also return the (B, H, T, T) probabilities, before dropout.
             drop: (B, 2) int32 key of the mask of the probabilities.
             tables: sin and cos of x's positions, from `rope_cache`; computed here if not given.
-            past: keys and values of the t positions before x (t = 0 without it); also return the
-                same with x's.
         """
         T, C = x.shape[-2:]
-        D = C // self.H
-        t = 0 if past is None else past.k.shape[-2]
-        q, k, v = (
-            part.unflatten(-1, (self.H, D)).transpose(-3, -2).contiguous()  # (B, H, T, D)
-            for part in self.qkv(x).chunk(3, dim=-1)
-        )
         if tables is None:
             tables = rope.rope_cache(
-                T, D, theta=self.theta, device=x.device, dtype=x.dtype, start=t
+                T, C // self.H, theta=self.theta, device=x.device, dtype=x.dtype
             )
-        q, k = rope.apply_rope(q, k, *tables)
-        if past is not None:
-            k, v = torch.cat((past.k, k), dim=-2), torch.cat((past.v, v), dim=-2)
+        attn: list[Tensor] | None = [] if return_attn else None
+        y = self._attend(*self._rotated(x, tables), drop=drop, attn=attn)
+        if attn is None:
+            return y
+        return y, torch.cat([F.pad(p, (0, T - p.shape[-1])) for p in attn], dim=-2)
+
+    def extend(self, x: Tensor, past: KV, *, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, KV]:
+        """Map x (B, T, C), which follows the t positions of `past`; return what then is seen too.
+
+        `tables` are those of positions t to t + T.
+        """
+        q, k, v = self._rotated(x, tables)
+        seen = KV(torch.cat((past.k, k), dim=-2), torch.cat((past.v, v), dim=-2))
+        return self._attend(q, *seen), seen
+
+    def _rotated(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries and keys, and values, each (B, H, T, D)."""
+        q, k, v = (
+            part.unflatten(-1, (self.H, -1)).transpose(-3, -2).contiguous()
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
+        return *rope.apply_rope(q, k, *tables), v
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        drop: Tensor | None = None,
+        attn: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Let the last T positions' queries attend to all keys up to each; return (B, T, C).
+
+        The probabilities of each block of queries are appended to `attn`.
+        """
+        T, D = q.shape[-2:]
+        t = k.shape[-2] - T
         queries = (q * D**-0.5).split(Q_BLOCK, dim=-2)
         stops = tuple(t + min(stop, T) for stop in range(Q_BLOCK, T + Q_BLOCK, Q_BLOCK))
         rows: list[Tensor] = []
-        attn: list[Tensor] = []
         first = 0
         for q, seen_k, seen_v in zip(queries, prefixes(k, stops), prefixes(v, stops), strict=True):
             p = _causal_softmax(q, seen_k)  # (B, H, block, seen)
-            if return_attn:
-                attn.append(F.pad(p, (0, t + T - p.shape[-1])))
+            if attn is not None:
+                attn.append(p)
             rows.append(_drop(p, drop, self.p, self.training, first) @ seen_v)
             first += p[0].numel()
-        y = self.proj(torch.cat(rows, dim=-2).transpose(-3, -2).flatten(-2))
-        extras = (torch.cat(attn, dim=-2),) if return_attn else ()
-        if past is not None:
-            return (y, *extras, KV(k, v))
-        return (y, *extras) if extras else y
+        y: Tensor = self.proj(torch.cat(rows, dim=-2).transpose(-3, -2).flatten(-2))
+        return y
 
 
 def _drop(x: Tensor, key: Tensor | None, p: float, training: bool, start: int = 0) -> Tensor:
@@ -190,15 +213,25 @@ class Block(nn.Module):
         return_attn: bool = False,
         drop: Tensor | None = None,
         tables: tuple[Tensor, Tensor] | None = None,
-        past: KV | None = None,
-    ) -> Tensor | tuple[Any, ...]:
-        """Map (B, T, C) to (B, T, C), with what else the attention returns.
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Map (B, T, C) to (B, T, C); with `return_attn` also return the attention's probabilities.
 
-        `drop` (B, 3, 2) keys attention, its branch, the MLP's; the rest goes to the attention.
+        `drop` (B, 3, 2) keys attention, its branch, the MLP's; `tables` are for the attention.
         """
         keys = (None, None, None) if drop is None else drop.unbind(1)
-        a = self.attn(self.ln1(x), return_attn=return_attn, drop=keys[0], tables=tables, past=past)
-        a, *extras = a if isinstance(a, tuple) else (a,)
-        x = x + _drop(a, keys[1], self.p, self.training)
-        x = x + _drop(self.mlp(self.ln2(x)), keys[2], self.p, self.training)
-        return (x, *extras) if extras else x
+        a = self.attn(self.ln1(x), return_attn=return_attn, drop=keys[0], tables=tables)
+        if return_attn:
+            return self._residual(x, a[0], keys[1:]), a[1]
+        return self._residual(x, a, keys[1:])
+
+    def extend(self, x: Tensor, past: KV, *, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, KV]:
+        """Map x (B, T, C) as `CausalSelfAttention.extend` does."""
+        a, seen = self.attn.extend(self.ln1(x), past, tables=tables)
+        return self._residual(x, a), seen
+
+    def _residual(
+        self, x: Tensor, a: Tensor, keys: Sequence[Tensor | None] = (None, None)
+    ) -> Tensor:
+        """Add the attention's branch a, then the MLP's."""
+        x = x + _drop(a, keys[0], self.p, self.training)
+        return x + _drop(self.mlp(self.ln2(x)), keys[1], self.p, self.training)

@@ -4,7 +4,9 @@ Shapes: B batch, T positions (at most cfg.T), C model width, V byte values.
 """
 
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -35,43 +37,57 @@ class GPT(nn.Module):
         self.lm_head.weight = self.tok_emb.weight
         self.apply(init_weights)
 
-    def forward(
-        self, x: Tensor, *, drop: Tensor | None = None, past: Past | None = None
-    ) -> Tensor | tuple[Tensor, Past]:
+    def forward(self, x: Tensor, *, drop: Tensor | None = None) -> Tensor:
         """Compute logits (B, T, V) from token ids (B, T).
 
         Args:
             x: int64 ids, T at most cfg.T.
             drop: (B, sites, 2) int32 keys from `niels_gpt.model.dropout.dropout_keys`.
-            past: what was seen of the t ids before x, t + T at most cfg.T (see `no_past`); also
-                return what then is seen of all t + T.
+
+        Raises:
+            ValueError: if T exceeds the context length.
+        """
+        h, tables = self._enter(x, drop)
+        for i, block in enumerate(self.blocks):
+            keys = None if drop is None else drop[:, 1 + 3 * i : 4 + 3 * i]
+            h = block(h, drop=keys, tables=tables)
+        logits: Tensor = self.lm_head(self.ln_f(h))
+        return logits
+
+    def read(self, x: Tensor, past: Past) -> tuple[Tensor, Past]:
+        """Compute logits (B, T, V) of ids (B, T) that follow t others; return what then is seen.
+
+        Args:
+            x: int64 ids, t + T at most cfg.T.
+            past: what was seen of the t ids before x (see `no_past`).
 
         Raises:
             ValueError: if t + T exceeds the context length.
         """
+        h, tables = self._enter(x, start=past[0].k.shape[-2])
+        seen = []
+        for block, kv in zip(cast(Iterable[Block], self.blocks), past, strict=True):
+            h, kv = block.extend(h, kv, tables=tables)
+            seen.append(kv)
+        return self.lm_head(self.ln_f(h)), tuple(seen)
+
+    def _enter(
+        self, x: Tensor, drop: Tensor | None = None, start: int = 0
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Embed ids x (B, T); return (B, T, C), and sin and cos of their positions from `start`."""
         cfg, T = self.cfg, x.shape[-1]
-        t = past[0].k.shape[-2] if past else 0
-        if x.ndim != 2 or t + T > cfg.T:
-            after = f" after {t}" if t else ""
+        if x.ndim != 2 or start + T > cfg.T:
+            after = f" after {start}" if start else ""
             raise ValueError(f"ids must be (B, T) with T <= {cfg.T}, got {tuple(x.shape)}{after}")
         h = _embed(self.tok_emb, x)
         if drop is None or not cfg.dropout:
             h = F.dropout(h, cfg.dropout, self.training)
         else:
             h = dropout.dropout(h, drop[:, 0], cfg.dropout)
-        tables = rope.rope_cache(
-            T, cfg.C // cfg.H, theta=cfg.rope_theta, device=h.device, dtype=h.dtype, start=t
+        D = cfg.C // cfg.H
+        return h, rope.rope_cache(
+            T, D, theta=cfg.rope_theta, device=h.device, dtype=h.dtype, start=start
         )
-        seen = []
-        for i, block in enumerate(self.blocks):
-            keys = None if drop is None else drop[:, 1 + 3 * i : 4 + 3 * i]
-            if past is None:
-                h = block(h, drop=keys, tables=tables)
-            else:
-                h, kv = block(h, drop=keys, tables=tables, past=past[i])
-                seen.append(kv)
-        logits: Tensor = self.lm_head(self.ln_f(h))
-        return logits if past is None else (logits, tuple(seen))
 
 
 def _embed(table: nn.Embedding, x: Tensor) -> Tensor:

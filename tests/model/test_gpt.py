@@ -96,12 +96,12 @@ def test_a_text_may_come_in_pieces_with_what_was_seen_before(cuts, seed):
     past, parts = no_past(model.cfg, 2, "cpu"), []
     with torch.no_grad():
         for start, stop in zip([0, *cuts], [*cuts, 150], strict=True):
-            logits, past = model(x[:, start:stop], past=past)
+            logits, past = model.read(x[:, start:stop], past)
             parts.append(logits)
         torch.testing.assert_close(torch.cat(parts, 1), model(x), rtol=1e-4, atol=1e-4)
     assert {kv.k.shape[-2] for kv in past} == {150}
     with pytest.raises(ValueError, match="after 150"):
-        model(x[:, :1], past=past)
+        model.read(x[:, :1], past)
 
 
 def test_rows_do_not_see_each_other():
