@@ -1,6 +1,6 @@
 """The `train` command: parse, plan, run.
 
-`make_state`, `train_step` and `evaluate` can be imported from here as well (loaded on first use).
+`make_state`, `train_step` and `evaluate` can also be imported from here (loaded on first use).
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from niels_gpt.run.options import TrainOptions
 _STEP_FUNCTIONS = ("evaluate", "make_state", "train_step")
 
 _FOLDER = click.Path(path_type=Path)
-_NAME = click.Path()  # a str: a word may stand for a file; the type completes file names
+_NAME = click.Path()  # a str, because a word may stand for a file; click.Path completes file names
 
 
 @click.command(
@@ -26,21 +26,23 @@ _NAME = click.Path()  # a str: a word may stand for a file; the type completes f
     "--config", type=_NAME, required=True, metavar="FILE", help="JSON config, or a bare name."
 )
 @click.option(
-    "--resume", type=_NAME, metavar="PATH", help="Checkpoint to go on from, or the word `latest`."
+    "--resume", type=_NAME, metavar="PATH", help="Checkpoint to resume, or the word `latest`."
 )
-@click.option("--device", metavar="NAME", help="cpu, mps or cuda; by default mps where it is.")
+@click.option(
+    "--device", metavar="NAME", help="cpu, mps or cuda; default: mps if available, else cpu."
+)
 @click.option("--out", type=_FOLDER, metavar="DIR", help="Output folder (default checkpoints/).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")
 @source_options
 @click.option("--compile/--no-compile", default=None, help="Compile the step.")
 @click.option("--dry-run", is_flag=True, help="Check and estimate everything, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the estimate as JSON.")
-@click.option("--allow-data-change", is_flag=True, help="Resume on text other than before.")
+@click.option("--allow-data-change", is_flag=True, help="Allow resuming on different text.")
 def main(**given: Any) -> None:
     """Train a byte-level GPT from a JSON config."""
     options = TrainOptions(**given)
     if options.as_json and not options.dry_run:
-        raise click.UsageError("--json goes with --dry-run; a run writes metrics.jsonl")
+        raise click.UsageError("--json requires --dry-run; a run writes metrics.jsonl")
     with process():
         from niels_gpt.run.launch import run_command
 

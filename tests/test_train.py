@@ -405,7 +405,7 @@ def test_a_dry_run_writes_nothing(train, tmp_path, monkeypatch):
 def test_json_without_a_dry_run_is_refused(train, tmp_path):
     result = train("--out", tmp_path / "out", "--json")
     assert result.exit_code == 2
-    assert "--json goes with --dry-run" in result.stderr
+    assert "--json requires --dry-run" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""The gradient noise scale: how many rows make a gradient that is more signal than noise.
+"""The gradient noise scale: the number of rows at which signal and noise are equal.
 
 Shapes: n rows, T positions, S dropout sites.
 """
@@ -19,18 +19,18 @@ from niels_gpt.step import dropout_of_step
 
 Z95 = 1.959964  # a normal variable lies within this many standard deviations with probability 0.95
 
-OnProgress = Callable[[int, int], object]  # told how much is done, and of how much
+OnProgress = Callable[[int, int], object]  # called with (done, total)
 
 
 class NoiseScale(NamedTuple):
     """The gradient noise scale of single rows; see `noise_scale`."""
 
-    rows: int  # that it was measured on
-    scale: float  # rows; infinite where the gradient is lost in the noise
+    rows: int  # measured on so many
+    scale: float  # rows; infinite if the gradient is lost in the noise
     low: float  # 95 % interval
     high: float
-    signal: float  # |G|^2, without bias
-    variance: float  # tr(Sigma), without bias
+    signal: float  # |G|^2, unbiased
+    variance: float  # tr(Sigma), unbiased
 
 
 def gradient_noise(
@@ -51,7 +51,7 @@ def gradient_noise(
 
 
 def next_rows(state: TrainState, corpus: Corpus, n: int) -> tuple[Batch, Tensor | None]:
-    """Return the rows of the next n batches of a run as one batch, and their dropout keys."""
+    """Return the next n batches of a run as one batch, and its dropout keys."""
     model_cfg, cfg = state.model_cfg, state.train_cfg
     steps = range(state.step, state.step + n)
     device = state.device
@@ -71,10 +71,10 @@ def row_products(
     *,
     on_progress: OnProgress = lambda done, total: None,
 ) -> tuple[list[float], list[float]]:
-    """Return of each row's gradient g_i its |g_i|^2, and g_i . mean(g).
+    """Return |g_i|^2 and g_i . mean(g) for the gradient g_i of each row.
 
-    The second takes one forward-mode pass along the mean, so that no two gradients of rows are
-    held at a time.
+    The latter takes one forward-mode pass along the mean, so that only one row's gradient is held
+    at a time.
     """
     x, y = batch
     n = len(x)
@@ -94,21 +94,21 @@ def noise_scale(squares: Sequence[float], products: Sequence[float]) -> NoiseSca
 
     McCandlish et al. 2018 (arXiv 1812.06162), "the simple noise scale": G is the true gradient,
     Sigma the covariance of the gradient of one row. A batch of B rows makes
-    1 / (1 + scale/B) of the progress of a step along G itself (their section 2.2), so that B =
-    scale takes twice the fewest steps, and twice the fewest rows (section 2.3). Estimated without
-    bias as in their appendix A.1, with batches of 1 and of all n rows::
+    1 / (1 + scale/B) of the progress of a step along G itself (their section 2.2), so B = scale
+    takes twice the minimum number of steps and of rows (section 2.3). The estimate is unbiased, as
+    in their appendix A.1, with batches of 1 and of all n rows::
 
         tr(Sigma) = sum |g_i - mean|^2 / (n - 1)        |G|^2 = |mean|^2 - tr(Sigma) / n
 
-    The interval is that of a ratio (Fieller 1954), with covariances by the jackknife over rows. It
-    has no upper end where |G|^2 is not clearly above 0. Derived for SGD; for AdamW a guide only.
+    The interval is Fieller's for a ratio (1954), with covariances from the jackknife over rows. It
+    has no upper end if |G|^2 is not clearly above 0. Derived for SGD; only a guide for AdamW.
 
     Raises:
         ValueError: for fewer than 3 rows.
     """
     n = len(squares)
     if n < 3:
-        raise ValueError(f"the noise scale needs 3 rows or more, not {n}: take more batches")
+        raise ValueError(f"the noise scale needs at least 3 rows, not {n}: use more batches")
     total, mean_square = math.fsum(squares), math.fsum(products) / n
     variance, signal = _moments(n, total, mean_square)
     without = [

@@ -1,4 +1,4 @@
-"""Sharpness: the largest eigenvalue of the Hessian, and the learning rate that it allows.
+"""Sharpness: the largest eigenvalue of the Hessian, and the learning rate it allows.
 
 Shapes: P parameters in all. A direction is a tree like the parameters, or one vector (P,).
 """
@@ -23,20 +23,20 @@ from niels_gpt.state import TrainState
 
 
 class Eigenvalue(NamedTuple):
-    """The largest eigenvalue of a symmetric map, as far as it was found."""
+    """An estimate of the largest eigenvalue of a symmetric map."""
 
     value: float
     error: float  # an eigenvalue lies within this of `value`
     products: int  # with vectors
-    converged: bool  # if not, `value` is a lower bound of the largest, give or take rounding
+    converged: bool  # if not, `value` is a lower bound, up to rounding
 
 
 class Curvature(NamedTuple):
-    """The sharpness of a state, plain and as AdamW sees it, and the rates that they bear."""
+    """The sharpness of a state, plain and as AdamW sees it, and the stable learning rates."""
 
     plain: Eigenvalue
     plain_lr: float
-    adam: Eigenvalue | None  # None where there are no moments
+    adam: Eigenvalue | None  # None if there are no moments
     adam_lr: float | None
     lr: float  # of the schedule, at this step
 
@@ -78,7 +78,7 @@ def curvature(
 
 
 def hessian_product(params: Tree, direction: Tree, batch: Batch, cfg: ModelConfig) -> Tree:
-    """Multiply the Hessian of the mean loss, without dropout, with a direction.
+    """Multiply the Hessian of the mean loss, without dropout, by a direction.
 
     Forward over reverse: the derivative of the gradient along the direction (Pearlmutter 1994).
     """
@@ -99,7 +99,7 @@ def sharpness(
     """Find the largest eigenvalue of the Hessian H, or of D H D with D = diag(scale).
 
     Args:
-        start: (P,) to begin with; random.
+        start: (P,), a random start vector.
     """
     diagonal = torch.ones_like(start) if scale is None else to_vector(scale)
 
@@ -121,8 +121,8 @@ def largest_eigenvalue(
 ) -> Eigenvalue:
     """Find the largest eigenvalue of a symmetric map by Lanczos, fully orthogonalised.
 
-    Lanczos 1950; the error bound beta |s| with s the last component of the Ritz vector is that of
-    Parlett 1980, section 13-2. Ends when the bound is below `tolerance` of the value.
+    Lanczos 1950; the error bound beta |s|, with s the last component of the Ritz vector, is from
+    Parlett 1980, section 13-2. Stops when the bound is below `tolerance` of the value.
     """
     basis = [start / start.norm()]
     rows: list[tuple[float, float]] = []  # diagonal and next to it
@@ -152,7 +152,7 @@ def _tridiagonal(rows: Sequence[tuple[float, float]]) -> Tensor:
 def adam_scale(state: TrainState) -> Tree | None:
     """Return the diagonal D for which D H D has the curvature that AdamW sees.
 
-    With the preconditioner P of its last update, D = P^(-1/2). None without such an update.
+    With the preconditioner P of its last update, D = P^(-1/2). None if there was no update.
     """
     P = adamw.preconditioner(state.opt_state, state.step)
     return None if P is None else {name: x.rsqrt() for name, x in P.items()}
@@ -166,9 +166,9 @@ def largest_lr(curvature: float, momentum: float = 0.0) -> float:
     38 / curvature for Adam's beta1 = 0.9 with the preconditioned curvature (Cohen et al. 2022,
     "Adaptive gradient methods at the edge of stability", arXiv 2207.14484, section 3).
 
-    A bound of the whole gradient and of a frozen preconditioner: noise of small batches lowers it,
-    clipping and an adapting preconditioner let a run survive above it, and weight decay is left
-    out. Curvature follows the learning rate: a run drifts to where its own rate is near the bound.
+    The bound assumes the full gradient and a frozen preconditioner: the noise of small batches
+    lowers it, clipping and an adapting preconditioner let a run survive above it. Weight decay is
+    ignored. Curvature follows the learning rate: a run drifts to where its rate is near the bound.
     """
     if curvature <= 0:
         return math.inf

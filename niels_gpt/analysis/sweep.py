@@ -1,7 +1,7 @@
-"""Learning rates, weight decays and seeds trained side by side, as one run under `vmap`.
+"""Learning rates, weight decays and seeds trained together, as one run under `vmap`.
 
-M models of one shape are one state whose tensors have M in front. Each has its own schedule,
-decay, batches and dropout: they are arguments of the parts of the step, which are mapped.
+M models of one shape form one state whose tensors have a leading axis M. Each model has its own
+schedule, decay, batches and dropout, which are mapped arguments of the parts of the step.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from niels_gpt.step import dropout_of_step
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OnStep = Callable[[int, int], object]  # told how many steps of all models are done, and of how many
+OnStep = Callable[[int, int], object]  # called with (done, total) steps of all models
 
 TIMED_STEPS = 2
 FLOAT_BYTES = 4
@@ -51,10 +51,10 @@ def grid(
     `min_lr` keeps its ratio to `base_lr`.
 
     Raises:
-        ValueError: for a learning rate of 0, or one that is no rate of a config.
+        ValueError: for a learning rate that is 0 or invalid in a config.
     """
     if 0 in lrs:
-        raise ValueError("lr=0 has to be above 0: nothing is learned at that rate")
+        raise ValueError("lr=0 must be above 0")
     ratio = cfg.min_lr / cfg.base_lr if cfg.base_lr else 0.0
     return [
         replace(cfg, base_lr=lr, min_lr=lr * ratio, weight_decay=decay, seed=seed)
@@ -65,11 +65,10 @@ def grid(
 
 
 def member_bytes(model_cfg: ModelConfig, B: int) -> int:
-    """Estimate the memory that one model takes while it is trained.
+    """Estimate the memory that one model needs during training.
 
-    Two states, one being made from the other, three trees of gradients, and the activations of
-    the rows that are differentiated at a time. Peaks measured at C from 32 to 256 were 1 to 40 %
-    below it.
+    Two states (old and new), three trees of gradients, and the activations of the rows that are
+    differentiated at a time. Measured peaks at C from 32 to 256 were 1 to 40 % lower.
     """
     L, C, T = model_cfg.L, model_cfg.C, model_cfg.T
     positions = min(B, rows_per_block(T)) * T
@@ -79,7 +78,7 @@ def member_bytes(model_cfg: ModelConfig, B: int) -> int:
 
 
 def groups(members: Sequence[TrainConfig], each: int, budget: int) -> list[list[TrainConfig]]:
-    """Split into as few groups as fit, of nearly equal size; one that fits nowhere is alone."""
+    """Split into the fewest groups that fit, of nearly equal size and at least one model."""
     most = max(1, budget // each)
     count = math.ceil(len(members) / most)
     ends = [round(i * len(members) / count) for i in range(count + 1)]
@@ -96,13 +95,13 @@ def memory_budget() -> int:
 
 
 def stack(states: Sequence[TrainState]) -> TrainState:
-    """Stack states of one shape and step; the train config is that of the first."""
+    """Stack states of one shape and step; the train config is the first one's."""
     stacked: TrainState = map_tensors(lambda *members: torch.stack(members), *states)
     return stacked
 
 
 def unstack(stacked: TrainState, cfgs: Sequence[TrainConfig]) -> list[TrainState]:
-    """Take a stack apart again, each state under its own config."""
+    """Split a stack into states, each with its own config."""
     return [
         map_tensors(lambda x, i=i: x[i], stacked)._replace(train_cfg=cfg)
         for i, cfg in enumerate(cfgs)
@@ -112,11 +111,11 @@ def unstack(stacked: TrainState, cfgs: Sequence[TrainConfig]) -> list[TrainState
 def stacked_step(
     stacked: TrainState, batch: Batch, keys: Tensor | None, lr: Tensor, weight_decay: Tensor
 ) -> tuple[TrainState, Tensor]:
-    """Take one step of all models; return the stack after it and the losses before it, (M,).
+    """Take one step of all models; return the new stack and the losses before it, (M,).
 
     Args:
         batch: x and y, each (M, B, T).
-        keys: of the dropout, (M, B, S, 2).
+        keys: dropout keys, (M, B, S, 2).
         lr, weight_decay: (M,).
     """
     params, opt_state, done, model_cfg, cfg = stacked
@@ -150,10 +149,10 @@ def stacked_step(
 def advance_all(
     stacked: TrainState, cfgs: Sequence[TrainConfig], corpus: Corpus
 ) -> tuple[TrainState, Tensor]:
-    """Take the next step of every model, each with what its own config draws and sets."""
+    """Take the next step of every model, each with its own config."""
     k, model_cfg = stacked.step, stacked.model_cfg
     device = stacked.device
-    seeds = {cfg.seed: cfg for cfg in cfgs}  # models of one seed share what it draws
+    seeds = {cfg.seed: cfg for cfg in cfgs}  # models with the same seed share its draws
     batches = {seed: replace(corpus, seed=seed).batch(k, device) for seed in seeds}
     drawn = {
         seed: dropout_of_step(seed, k, range(cfg.B), model_cfg, device)
@@ -177,7 +176,7 @@ def train_together(
     *,
     on_step: OnStep = lambda done, total: None,
 ) -> list[TrainState]:
-    """Train a model for each config, all at once, and return their final states."""
+    """Train a model for each config, all at once; return their final states."""
     stacked = stack([make_state(model_cfg, cfg, device) for cfg in cfgs])
     total = cfgs[0].total_steps
     while stacked.step < total:
@@ -194,7 +193,7 @@ def train_alone(
     *,
     on_step: OnStep = lambda done, total: None,
 ) -> list[TrainState]:
-    """As `train_together`, one model after the other with `train_step`, without `vmap`."""
+    """Like `train_together`, but one model after another with `train_step`, without `vmap`."""
     return [
         _train_one(
             make_state(model_cfg, cfg, device),
@@ -218,7 +217,7 @@ def _train_one(
 
 
 class Cost(NamedTuple):
-    """What a sweep will take."""
+    """The estimated cost of a sweep."""
 
     models: int
     groups: int
@@ -236,7 +235,7 @@ def cost(
     *,
     solo: bool,
 ) -> Cost:
-    """Estimate a sweep of these groups by timing a few of its steps both ways."""
+    """Estimate the cost of a sweep of these groups by timing a few steps both ways."""
     first = parts[0]
     stacked = stack([make_state(model_cfg, cfg, device) for cfg in first])
     state = make_state(model_cfg, first[0], device)
@@ -255,14 +254,14 @@ def cost(
 
 
 def _seconds(action: Callable[[], object]) -> float:
-    action()  # pays for what is done once
+    action()  # excludes one-time costs
     start = time.perf_counter()
     for _ in range(TIMED_STEPS):
         action()
     return (time.perf_counter() - start) / TIMED_STEPS
 
 
-# --- what came out -----------------------------------------------------------------------------
+# --- results -----------------------------------------------------------------------------------
 
 
 class Result(NamedTuple):
@@ -275,7 +274,7 @@ class Result(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """The models of one learning rate and decay, over their seeds."""
+    """The models with one learning rate and decay, summarised over seeds."""
 
     lr: float
     weight_decay: float
@@ -299,7 +298,7 @@ def results(states: Sequence[TrainState], stream: bytes, seed: int) -> list[Resu
 
 
 def cells(found: Sequence[Result]) -> list[Cell]:
-    """Sum up over seeds, by weight decay and then by learning rate."""
+    """Summarise over seeds, sorted by weight decay and then learning rate."""
     losses: dict[tuple[float, float], list[float]] = {}
     for r in found:
         losses.setdefault((r.weight_decay, r.lr), []).append(r.val_loss)
@@ -322,7 +321,7 @@ class Suggestion(NamedTuple):
 
 
 def suggest(found: Sequence[Cell]) -> Suggestion | None:
-    """Choose the lowest mean, and say what speaks against it; None if every cell has diverged."""
+    """Choose the lowest mean, with caveats; None if every cell diverged."""
     best = min(found, key=lambda cell: cell.mean)
     if math.isinf(best.mean):
         return None
@@ -337,7 +336,7 @@ def suggest(found: Sequence[Cell]) -> Suggestion | None:
     ]
     if best.spread is not None:
         notes += [
-            f"lr {c.lr:g} with weight decay {c.weight_decay:g} is as good, within the seeds' spread"
+            f"lr {c.lr:g} with weight decay {c.weight_decay:g} is as good within the seed spread"
             for c in found
             if c is not best and c.mean - best.mean <= max(best.spread, c.spread or 0.0)
         ]
@@ -347,7 +346,7 @@ def suggest(found: Sequence[Cell]) -> Suggestion | None:
 def draw(found: Sequence[Cell]) -> Figure:
     """Draw the mean loss against the learning rate, a line per weight decay, seeds as bars.
 
-    A rate at which a seed diverged has a cross on the upper edge.
+    A rate at which a seed diverged has a cross at the top edge.
     """
     from matplotlib.figure import Figure
 

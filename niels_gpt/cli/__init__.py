@@ -1,4 +1,4 @@
-"""The `niels-gpt` command. Each module of this folder is one of its commands: it defines `main`."""
+"""The `niels-gpt` command. Each module in this folder is a command and defines `main`."""
 
 import platform
 from importlib import import_module
@@ -13,10 +13,10 @@ from niels_gpt.cli.shared.output import console, process
 
 
 class Commands(click.Group):
-    """A group whose commands are the modules of this folder, imported when they are asked for."""
+    """A group whose commands are the modules of this folder, imported on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of the modules; folders hold what the commands share."""
+        """Return the names of the modules; folders hold shared code."""
         return [module.name for module in iter_modules(__path__) if not module.ispkg]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -27,13 +27,13 @@ class Commands(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; how it ends is the same for all of them."""
+        """Run a command as a process."""
         with process():
             return super().invoke(ctx)
 
 
 @click.group(cls=Commands, context_settings=HELP, invoke_without_command=True, no_args_is_help=True)
-@click.option("--version", is_flag=True, help="Show the versions and the device.")
+@click.option("--version", is_flag=True, help="Show versions and the device.")
 @click.pass_context
 def main(ctx: click.Context, version: bool) -> None:
     """Train a small byte-level GPT on your own text, and use it."""
@@ -43,7 +43,7 @@ def main(ctx: click.Context, version: bool) -> None:
 
 
 def _versions() -> str:
-    """Name what decides the bits that a run computes."""
+    """Return the versions and the device, which determine the bits of a run."""
     import torch
 
     from niels_gpt.device import get_device

@@ -20,14 +20,14 @@ ASK = "> "
     context_settings={**HELP, "show_default": True},
     epilog="Example: niels-gpt chat --ckpt checkpoints/best.pt --system 'You are a kind teacher.'",
 )
-@click.option("--message", metavar="TEXT", help="Say this, print the reply and end.")
-@click.option("--system", metavar="TEXT", help="What the assistant should know or be.")
+@click.option("--message", metavar="TEXT", help="Send this, print the reply and exit.")
+@click.option("--system", metavar="TEXT", help="System message.")
 @generation_options
 def main(message: str | None, system: str | None, generation: Generation) -> None:
     """Talk with a model; /help lists the commands, Ctrl-D ends.
 
-    Replies go to stdout, everything else to stderr. The same lines with the same seed get the
-    same replies.
+    Replies go to stdout, everything else to stderr. The same lines with the same seed get the same
+    replies.
     """
     with exit_on_failure(2):
         from niels_gpt.inference.chat import Voice, answer, converse, new_chat
@@ -43,19 +43,19 @@ def main(message: str | None, system: str | None, generation: Generation) -> Non
 
 
 def _whole(argument: str) -> str:
-    """Return an argument as text: what the shell gave that is not UTF-8 becomes U+FFFD."""
+    """Return an argument as text; invalid UTF-8 becomes U+FFFD."""
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _lines() -> Iterator[str]:
-    """Yield what the user types, with editing and history on a terminal, until the end."""
+    """Yield the user's lines until the end, with editing and history on a terminal."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         yield from sys.stdin
         return
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # what it gives to input() is the history
+        import readline  # noqa: F401  # gives input() editing and history
     console.tell("/help lists the commands, Ctrl-D ends")
     with contextlib.suppress(EOFError):
         while True:

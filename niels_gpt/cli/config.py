@@ -1,4 +1,4 @@
-"""The `config` commands: what a config says, once it is resolved."""
+"""The `config` commands: show a resolved config."""
 
 import click
 
@@ -10,7 +10,7 @@ from niels_gpt.config import find_config
 
 @click.group(context_settings=HELP)
 def main() -> None:
-    """Show what a config says."""
+    """Show a resolved config."""
 
 
 @main.command(
@@ -20,15 +20,15 @@ def main() -> None:
     "--config",
     type=CONFIG,
     metavar="FILE",
-    help="JSON config, or a bare name (the defaults alone).",
+    help="JSON config, or a bare name (default: only defaults).",
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")
 @json_option()
 def show(config: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show every value of a config and where it came from.
+    """Show every value of a config and where it comes from.
 
-    That is its default, the file, or --set. With --json the field `config` is a whole config, as
-    a file could hold it.
+    The origin is the default, the file, or --set. With --json, the field `config` is a complete
+    config that can be saved as a file.
     """
     with exit_on_failure(2):
         settings, resolved = resolve(None if config is None else find_config(config), overrides)

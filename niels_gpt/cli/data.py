@@ -1,4 +1,4 @@
-"""The `data` commands: look at the text, build it, fetch it, read it as the model does."""
+"""The `data` commands: describe, build, fetch and sample the training text."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def _config_option(command: Command) -> Command:
         "--config",
         type=CONFIG,
         metavar="FILE",
-        help="Take seed, T and shares from it (the defaults).",
+        help="Config for seed, T and shares (default: the defaults).",
     )(command)
 
 
 @click.group(context_settings=HELP)
 def main() -> None:
-    """Look at, build and fetch the training text."""
+    """Describe, build and fetch the training text."""
 
 
 @main.command(epilog="Example: niels-gpt data info --roam ~/notes")
@@ -39,8 +39,8 @@ def main() -> None:
 def info(config: str | None, places: Places, as_json: bool) -> None:
     """Show each source and what was left out.
 
-    Where it is from, its splits with sizes and digests, the state of the cache, and every file
-    that is not read, with the reason. Writes nothing and fetches nothing.
+    Prints its location, its splits with sizes and digests, the state of the cache, and every file
+    left out with the reason. Writes and downloads nothing.
     """
     with exit_on_failure(2):
         from niels_gpt.analysis.data_report import survey
@@ -53,7 +53,7 @@ def info(config: str | None, places: Places, as_json: bool) -> None:
 @main.command(epilog="Example: niels-gpt data build --roam ~/notes")
 @_config_option
 @source_options
-@click.option("--rebuild", is_flag=True, help="Build anew what is in the cache already.")
+@click.option("--rebuild", is_flag=True, help="Rebuild cached streams too.")
 @json_option()
 def build(
     config: str | None,
@@ -61,9 +61,9 @@ def build(
     rebuild: bool,
     as_json: bool,
 ) -> None:
-    """Build the streams ahead of a training.
+    """Build the streams before a training run.
 
-    A source that is named has to be there; of the others those that are there are built.
+    A source that you name must exist; the other sources are built if they exist.
     """
     with exit_on_failure(2):
         from niels_gpt.streams import build_sources
@@ -82,10 +82,10 @@ def build(
 @main.command(epilog="Example: niels-gpt data fetch")
 @json_option()
 def fetch(as_json: bool) -> None:
-    """Get WikiText-103 into the cache.
+    """Download WikiText-103 into the cache.
 
-    From then on no network is needed. Takes the extra `wiki`. What was downloaded before an
-    interruption is not downloaded again.
+    After that no network is needed. Requires the extra `wiki`. An interrupted download continues
+    where it stopped.
     """
     with exit_on_failure(2):
         from niels_gpt.streams import fetch_wikitext
@@ -98,7 +98,9 @@ def fetch(as_json: bool) -> None:
 @main.command(epilog="Example: niels-gpt data sample --config smoke --roam ~/notes -n 3")
 @_config_option
 @source_options
-@click.option("--step", type=click.IntRange(1), default=1, show_default=True, help="Of the run.")
+@click.option(
+    "--step", type=click.IntRange(1), default=1, show_default=True, help="Step of the run."
+)
 @click.option("-n", "n", type=click.IntRange(1), default=3, show_default=True, help="Rows to show.")
 @json_option()
 def sample(
@@ -108,10 +110,9 @@ def sample(
     n: int,
     as_json: bool,
 ) -> None:
-    """Print training windows as the model gets them.
+    """Print training windows as the model sees them.
 
-    They are the first rows of the batch of a step, those that a training with this config and
-    text draws.
+    Shows the first rows of a step's batch, as a run with this config and text draws them.
     """
     with exit_on_failure(2):
         model_cfg, train_cfg, where = _where(config, places)
@@ -130,7 +131,7 @@ def sample(
 def _where(
     config: str | None, places: Places
 ) -> tuple[ModelConfig, TrainConfig, StreamBuildConfig]:
-    """Return the configs, and where and how the sources are read under them."""
+    """Return the configs, and how to read the sources under them."""
     from niels_gpt.streams import locate
 
     model_cfg, train_cfg = ModelConfig(), TrainConfig()
@@ -158,7 +159,7 @@ def _show_streams(train: Sources, val: Sources, as_json: bool) -> None:
 
 def _source_lines(source: Source) -> list[str]:
     if source.problem is not None:
-        lines = [f"{source.name:<8}not there: {source.problem}"]
+        lines = [f"{source.name:<8}not available: {source.problem}"]
     else:
         files = "" if source.files is None else f", {_count(source.files, 'file')}"
         place = f" in {source.place}" if source.place else ""
@@ -169,7 +170,7 @@ def _source_lines(source: Source) -> list[str]:
             f"  {split:<6}{documents}{s.nbytes:,} bytes, sha256 {s.sha256[:12]}, {s.cache}"
         )
     lines += [f"  note: {note}" for note in source.notes]
-    lines += _listed("left out", source.left_out) + _listed("not as it is", source.altered)
+    lines += _listed("left out", source.left_out) + _listed("altered", source.altered)
     return lines
 
 

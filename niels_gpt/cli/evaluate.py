@@ -1,4 +1,4 @@
-"""The `evaluate` command: how well a model predicts text."""
+"""The `evaluate` command: the loss of a model on any text."""
 
 from __future__ import annotations
 
@@ -31,15 +31,25 @@ if TYPE_CHECKING:
 )
 @click.option("--ckpt", type=PATH, required=True, metavar="PATH", help="Checkpoint.")
 @click.option("--full", is_flag=True, help="Score every byte once, with a sliding window.")
-@click.option("--stride", type=int, metavar="N", help="Bytes between windows (half a window).")
+@click.option(
+    "--stride", type=int, metavar="N", help="Bytes between windows (default: half a window)."
+)
 @click.option("--rows", type=click.IntRange(1), metavar="N", help="Windows computed at a time.")
 @click.option("--text", type=PATH, metavar="FILE", help="Score this file instead of the sources.")
 @click.option(
-    "--source", "names", type=click.Choice(SOURCE_NAMES), multiple=True, help="Only this one."
+    "--source",
+    "names",
+    type=click.Choice(SOURCE_NAMES),
+    multiple=True,
+    help="Score only this source.",
 )
 @source_options
-@click.option("--seed", type=int, metavar="N", help="Of the samples (the checkpoint's).")
-@click.option("--steps", type=int, metavar="N", help="Batches of samples (the checkpoint's).")
+@click.option(
+    "--seed", type=int, metavar="N", help="Seed of the windows (default: the checkpoint's)."
+)
+@click.option(
+    "--steps", type=int, metavar="N", help="Batches of windows (default: the checkpoint's)."
+)
 @device_option()
 @json_option()
 def main(
@@ -57,16 +67,16 @@ def main(
 ) -> None:
     """Measure how well a model predicts text.
 
-    That is the validation text of each source, or a file, in nats and bits per byte with the
-    standard error. By default on the random windows that the training evaluated on. With --full
-    every byte is scored once, and the figure depends on text, model and stride alone.
+    Scores the validation text of each source, or a file, in nats and bits per byte with the
+    standard error. By default it uses the random windows that the training run evaluated on. With
+    --full every byte is scored once, and the result depends only on text, model and stride.
     """
     if not full and (stride, rows) != (None, None):
-        raise click.UsageError("--stride and --rows go with --full")
+        raise click.UsageError("--stride and --rows require --full")
     if full and (seed, steps) != (None, None):
-        raise click.UsageError("--seed and --steps are about samples, and --full takes none")
+        raise click.UsageError("--seed and --steps cannot be used with --full")
     if text is not None and (names or places):
-        raise click.UsageError("--text FILE is scored alone, without sources")
+        raise click.UsageError("--text cannot be combined with sources")
     with exit_on_failure(2):
         from niels_gpt.analysis.evaluation import Full, Sampled, evaluate_checkpoint
 

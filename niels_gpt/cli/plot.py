@@ -1,4 +1,4 @@
-"""The `plot` command: the loss and learning rate of runs, as a picture or a table."""
+"""The `plot` command: loss and learning rate of runs, as a picture or a table."""
 
 from pathlib import Path
 
@@ -20,14 +20,14 @@ from niels_gpt.cli.shared.output import console, exit_on_failure, to_json
     type=click.Choice(list(plot.X_AXES)),
     default="steps",
     show_default=True,
-    help="What runs along the x axis.",
+    help="Quantity on the x axis.",
 )
 @click.option(
     "--out",
     type=PATH,
     multiple=True,
     metavar="FILE",
-    help="Picture, .png or .svg (loss.png, .svg).",
+    help="Picture, .png or .svg (default: loss.png and loss.svg).",
 )
 @click.option("--table", "as_table", is_flag=True, help="Print the numbers, draw nothing.")
 @json_option("Print the numbers as JSON, draw nothing.")
@@ -36,8 +36,8 @@ def main(
 ) -> None:
     """Plot the losses and learning rate of runs.
 
-    Takes the metrics.jsonl of each run, or the folder that it lies in (default: the folder of
-    checkpoints). Draws with matplotlib; where that is not installed, prints the numbers.
+    Takes the metrics.jsonl of each run, or its folder (default: the checkpoint folder). Draws with
+    matplotlib; prints the numbers if that is not installed.
     """
     with exit_on_failure(2):
         plot.check_paths(out)

@@ -1,4 +1,4 @@
-"""The `replay` command: take steps of a run again, compare them or look inside one."""
+"""The `replay` command: repeat steps of a run, compare them or look inside one."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SHOWN = 8  # lines of a table
     "--to checkpoints/step_0002000.pt",
 )
 @click.option("--from", "start", type=PATH, metavar="PATH", help="Checkpoint (or its folder).")
-@click.option("--to", "end", type=PATH, metavar="PATH", help="Run up to this one, compare all.")
-@click.option("--step", type=click.IntRange(1), help="Show this step from inside instead.")
+@click.option("--to", "end", type=PATH, metavar="PATH", help="Checkpoint to reach and compare.")
+@click.option("--step", type=click.IntRange(1), help="Look inside this step instead.")
 @source_options
 @device_option("cpu")
 @json_option()
@@ -45,13 +45,13 @@ def main(
     device: str,
     as_json: bool,
 ) -> None:
-    """Take steps of a run again.
+    """Repeat steps of a run.
 
     With --to: run from one checkpoint (by default the initial state) to the other and compare
-    every tensor bit for bit. Exit code 0 if identical, 1 with the first difference if not, 2 if it
-    could not be compared.
+    every tensor bit for bit. Exit code 0 if identical, 1 with the first difference if not, 2 if
+    they could not be compared.
 
-    With --step: go to that step from the nearest checkpoint before it, and show its batch, the
+    With --step: run to that step from the nearest earlier checkpoint, and show its batch, the
     loss of each row, gradient norms and the largest activations.
     """
     if (end is None) == (step is None):
@@ -122,7 +122,7 @@ def _view_lines(view: StepView) -> list[str]:
             for i, row in enumerate(view.rows)
         ),
         "",
-        "the row of the highest loss:",
+        "the row with the highest loss:",
         worst.text,
         "",
         "largest gradient norms (before clipping)",
@@ -133,7 +133,7 @@ def _view_lines(view: StepView) -> list[str]:
 
 
 def _size(value: float) -> float:
-    """Let what is not a number come first: it is what one looks for."""
+    """Sort NaN first: it is what one looks for."""
     return math.inf if math.isnan(value) else value
 
 

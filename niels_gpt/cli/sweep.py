@@ -1,4 +1,4 @@
-"""The `sweep` command: learning rates, weight decays and seeds as one run."""
+"""The `sweep` command: learning rates, weight decays and seeds in one run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> li
     except ValueError:
         raise click.BadParameter(f"{text!r} is not a list of numbers such as 1e-4,3e-4") from None
     if len(set(numbers)) < len(numbers):
-        raise click.BadParameter(f"{text!r} has a number twice; more runs of each are --seeds N")
+        raise click.BadParameter(f"{text!r} repeats a number; use --seeds N for more runs of each")
     return numbers
 
 
@@ -50,10 +50,15 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> li
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N")
 @source_options
 @device_option("cpu")
-@click.option("--memory", type=click.FloatRange(min=0), metavar="GB", help="Half of what is here.")
-@click.option("--solo", is_flag=True, help="One model after the other, without vmap.")
-@click.option("--dry-run", is_flag=True, help="Estimate memory and time only.")
-@click.option("--picture", type=PATH, multiple=True, metavar="FILE", help="A .png or .svg.")
+@click.option(
+    "--memory",
+    type=click.FloatRange(min=0),
+    metavar="GB",
+    help="Memory limit (default: half of this machine's).",
+)
+@click.option("--solo", is_flag=True, help="Train one model after another, without vmap.")
+@click.option("--dry-run", is_flag=True, help="Only estimate memory and time.")
+@click.option("--picture", type=PATH, multiple=True, metavar="FILE", help="Picture, .png or .svg.")
 @json_option()
 def main(
     config: str,
@@ -71,9 +76,9 @@ def main(
 ) -> None:
     """Train a model for each learning rate, weight decay and seed, and compare them.
 
-    All models of a group are trained at once. The seeds count up from the config's; they change
-    initial weights, batches and dropout, not the text or what the models are evaluated on.
-    `min_lr` keeps its ratio to the learning rate.
+    All models of a group are trained at once. Seeds count up from the config's; they change
+    initial weights, batches and dropout, not the text or the evaluation windows. `min_lr` keeps
+    its ratio to the learning rate.
     """
     with exit_on_failure(2):
         from niels_gpt.analysis import plot, sweep
@@ -99,7 +104,7 @@ def main(
 def _groups(
     model_cfg: ModelConfig, cfgs: list[TrainConfig], memory: float | None
 ) -> list[list[TrainConfig]]:
-    """Split into groups that fit into so many GB, by default half of this machine's."""
+    """Split into groups that fit into the memory limit, in GB (None: half of the machine's)."""
     from niels_gpt.analysis import sweep
     from niels_gpt.run.dry_run import size
 
@@ -119,7 +124,7 @@ def _train(
     device: str,
     solo: bool,
 ) -> list[Result]:
-    """Train and evaluate every model, all of them on the same batches of the validation text."""
+    """Train every model and evaluate all on the same batches of the validation text."""
     from niels_gpt.analysis import sweep
 
     train = sweep.train_alone if solo else sweep.train_together
@@ -131,7 +136,7 @@ def _train(
 
 
 def _report(cost: Cost, found: list[Result], pictures: tuple[Path, ...], as_json: bool) -> None:
-    """Print and draw what came out."""
+    """Print and draw the results."""
     from niels_gpt.analysis import plot, sweep
 
     cells = sweep.cells(found)
@@ -160,7 +165,7 @@ def _lines(cells: Sequence[Cell], best: Suggestion | None) -> list[str]:
     lines = [f"{'weight decay':>12}  {'lr':>9}  {'val nats':>8}  {'spread':>7}  seeds"]
     lines += [_row(cell) for cell in cells]
     if best is None:
-        return [*lines, "every learning rate diverged: go lower"]
+        return [*lines, "every learning rate diverged: try lower ones"]
     chosen = best.best
     return [
         *lines,

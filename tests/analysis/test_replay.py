@@ -317,7 +317,7 @@ def test_what_is_not_a_number_comes_first_in_every_table(opened):
     rows[2] = rows[2]._replace(text="the broken row")
     norms = {**view.grad_norms, "ln_f.bias": math.nan}
     lines = _view_lines(view._replace(rows=rows, grad_norms=norms))
-    assert lines[lines.index("the row of the highest loss:") + 1] == "the broken row"
+    assert lines[lines.index("the row with the highest loss:") + 1] == "the broken row"
     first = lines[lines.index("largest gradient norms (before clipping)") + 1]
     assert first.split() == ["ln_f.bias", "nan"]
 

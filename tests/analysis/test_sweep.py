@@ -169,7 +169,7 @@ def test_the_lowest_mean_is_suggested_and_the_edge_is_noted():
 
 def test_what_the_seeds_cannot_tell_apart_is_said():
     close = sweep.suggest([cell(1, 1.2, 0.3), cell(2, 1.0, 0.1), cell(3, 2.0, 0.1)])
-    assert close.notes == ["lr 1 with weight decay 0.1 is as good, within the seeds' spread"]
+    assert close.notes == ["lr 1 with weight decay 0.1 is as good within the seed spread"]
 
 
 # --- the command -------------------------------------------------------------------------------
@@ -222,8 +222,8 @@ def test_a_model_that_does_not_fit_is_said_to_be_too_large(run):
     ("args", "message"),
     [
         (["--lr", "fast"], "not a list of numbers"),
-        (["--lr", "0,1e-3"], "lr=0 has to be above 0"),
-        (["--lr", "1e-3,0.001"], "a number twice"),
+        (["--lr", "0,1e-3"], "lr=0 must be above 0"),
+        (["--lr", "1e-3,0.001"], "repeats a number"),
         (["--lr", "1e-3", "--picture", "lost/sweep.png"], "there is no folder lost"),
         (["--lr", "-1"], "base_lr=-1.0 must be a number"),
         (["--lr", "1e-3", "--picture", "sweep.gif"], "picture must be .png or .svg"),

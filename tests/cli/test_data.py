@@ -119,7 +119,7 @@ def test_what_is_left_out_is_listed_with_its_reason(niels, where, root, tmp_path
     lines = niels("data", "info", *where[:2], "--roam", notes).stdout.splitlines()
     assert f"  left out: {notes / 'loop'}: link to a folder" in lines
     assert (
-        f"  not as it is: {notes / 'wide.md'}: UTF-16, read as if it were UTF-8: save it as UTF-8"
+        f"  altered: {notes / 'wide.md'}: UTF-16, read as if it were UTF-8: save it as UTF-8"
         in lines
     )
 
@@ -147,8 +147,10 @@ def test_info_goes_on_where_a_source_cannot_be_used(niels, root, texts, tmp_path
     assert "does not have train.txt" in found["wiki"]["problem"]
     assert found["roam"]["problem"] is None
     text = niels("data", "info", "--wiki", tmp_path / "absent").stdout
-    assert "wiki    not there: " in text
-    assert f"roam    not there: no notes (*.md) under {paths.ROAM_DIR}, which is no folder" in text
+    assert "wiki    not available: " in text
+    assert (
+        f"roam    not available: no notes (*.md) under {paths.ROAM_DIR}, which is no folder" in text
+    )
 
 
 @pytest.mark.parametrize("with_note", [True, False])

@@ -104,7 +104,7 @@ def test_absent_sources_are_left_out_unless_named(niels, evaluation, texts, tmp_
     [
         (["--stride", "3"], "--full"),
         (["--full", "--seed", "1"], "--full"),
-        (["--text", "a", "--source", "wiki"], "scored alone"),
+        (["--text", "a", "--source", "wiki"], "cannot be combined"),
         (["--full", "--stride", "17", "--text", "a"], "stride=17 must be from 1 to T=16"),
         (["--full", "--stride", "0", "--text", "a"], "stride=0 must be"),
         (["--text", "a"], "a: 5 bytes, shorter than T+1=17, the length of a sample; --full"),

@@ -1,6 +1,6 @@
-"""The one place that prints: text, messages and a live line, and how a command ends.
+"""The only module that prints: results, messages and a live line; and how commands exit.
 
-Results go to stdout, messages to stderr. A live line is shown on stderr where a terminal is.
+Results go to stdout, messages to stderr. A live line is shown on stderr if it is a terminal.
 """
 
 import contextlib
@@ -14,23 +14,23 @@ from typing import Any, TextIO
 
 USER_ERRORS = (ValueError, OSError, RuntimeError)
 
-# A terminal would obey these (move the cursor, ring, change its title): it is shown U+FFFD instead.
+# Control characters that a terminal would obey (cursor, bell, title) are shown as U+FFFD.
 _CONTROLS = dict.fromkeys([*range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0)], "\ufffd")
 
 
 class Console:
-    """Text on stdout, messages on stderr, and on a terminal one line that replaces itself."""
+    """Text on stdout, messages on stderr, and on a terminal a live line."""
 
     def __init__(self) -> None:
         self._is_line_shown = False
 
     @property
     def is_live(self) -> bool:
-        """Whether somebody sees the live line."""
+        """Whether a live line is visible."""
         return sys.stderr.isatty()
 
     def write(self, text: str) -> None:
-        """Write to stdout at once, whatever its encoding."""
+        """Write to stdout and flush, in any encoding."""
         self._clear()
         if error := _write(text, sys.stdout):
             self._lose_stdout(error)
@@ -45,27 +45,27 @@ class Console:
         _write(line + "\n", sys.stderr)
 
     def tell(self, *messages: str) -> None:
-        """Tell the user something that is not a result."""
+        """Print messages for the user on stderr."""
         for message in messages:
             self.warn(f"note: {message}")
 
     def fail(self, error: BaseException | str, hint: str = "") -> None:
-        """Say what went wrong."""
+        """Print an error on stderr."""
         self.warn(f"error: {describe(error)}" + f"; {hint}" * bool(hint))
 
     def show(self, line: str) -> None:
-        """Replace the live line; what is printed next removes it."""
+        """Replace the live line; the next output removes it."""
         if self.is_live:
             self._clear()
             _write(line, sys.stderr)
             self._is_line_shown = True
 
     def progress(self, what: str) -> Callable[[int, int], None]:
-        """Return what shows how much is done as the live line, "row 3 of 8"."""
+        """Return a function that shows progress as the live line, such as "row 3 of 8"."""
         return lambda done, total: self.show(f"{what} {done:,} of {total:,}")
 
     def result(self, value: object, lines: Iterable[str], *, as_json: bool) -> None:
-        """Print a result: the value as JSON, or the lines that say the same."""
+        """Print a result: the value as JSON, or the equivalent lines."""
         if as_json:
             self.say(to_json(value))
         else:
@@ -77,7 +77,7 @@ class Console:
             _write("\r\x1b[K", sys.stderr, as_is=True)
 
     def _lose_stdout(self, error: OSError | ValueError) -> None:
-        """End the process: with code 0 where the reader has gone (`| head`), else with 1."""
+        """Exit with code 0 if the reader has closed the pipe (`| head`), else with 1."""
         if isinstance(error, BrokenPipeError):
             sys.exit(0)
         self.fail(error)
@@ -85,22 +85,22 @@ class Console:
 
 
 class EnduringConsole(Console):
-    """Goes on without a stdout that cannot be written: that must not end a training."""
+    """Keeps going if stdout cannot be written, because that must not end a training run."""
 
     @property
     def is_live(self) -> bool:
-        """Whether somebody sees the live line, and what is printed at its place."""
+        """Whether a live line is visible, and the output around it too."""
         return super().is_live and sys.stdout.isatty()
 
     def _lose_stdout(self, error: OSError | ValueError) -> None:
         pass
 
 
-console = Console()  # that of this process
+console = Console()  # of this process
 
 
 def to_json(value: object) -> str:
-    """Encode named tuples, dicts and lists as JSON; what is not finite becomes null."""
+    """Encode named tuples, dicts and lists as JSON; non-finite numbers become null."""
     return json.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False)
 
 
@@ -115,7 +115,7 @@ def _plain(value: Any) -> Any:
 
 
 def _write(text: str, stream: TextIO, *, as_is: bool = False) -> OSError | ValueError | None:
-    """Write what the stream's encoding has, at once; give the stream up where that fails."""
+    """Write and flush, replacing what the encoding lacks; give up the stream on failure."""
     try:
         if stream.isatty() and not as_is:
             text = text.translate(_CONTROLS)
@@ -129,7 +129,7 @@ def _write(text: str, stream: TextIO, *, as_is: bool = False) -> OSError | Value
 
 
 def _give_up(stream: TextIO) -> None:
-    """Let what is still written to this stream vanish, also what its buffer holds at exit."""
+    """Discard all further output to this stream, including its buffer at exit."""
     with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
@@ -139,12 +139,12 @@ def _give_up(stream: TextIO) -> None:
 
 @contextlib.contextmanager
 def process() -> Iterator[None]:
-    """Run a command as a process: streams to write to, and an end that is an exit code.
+    """Run a command as a process, with usable streams and an exit code.
 
-    Ctrl-C ends it with code 130; output of click that cannot be written with 0 or 1, as ours.
+    Ctrl-C exits with code 130. If click cannot write its output, the code is 0 or 1, as for ours.
     """
     _replace_closed_streams()
-    # Torch says on import that NumPy is not there; it has no use for it here.
+    # Torch warns on import if NumPy is missing; it is not needed here.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
         yield
@@ -158,7 +158,7 @@ def process() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_failure(code: int) -> Iterator[None]:
-    """End the process with `code` and one message on stderr when the block fails."""
+    """Exit with `code` and one message on stderr if the block fails."""
     try:
         yield
     except USER_ERRORS as error:
@@ -167,17 +167,17 @@ def exit_on_failure(code: int) -> Iterator[None]:
 
 
 def describe(error: BaseException | str) -> str:
-    """Return the one message: for a system error the path, what failed, and the errno."""
+    """Return the message of an error; for a system error with its path and errno."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror} (errno {error.errno})"
     return str(error)
 
 
 def _replace_closed_streams() -> None:
-    """Lead streams that were closed from the start nowhere.
+    """Connect streams that were closed from the start to /dev/null.
 
-    A file that is opened later would otherwise become stdout or stderr, where others write.
+    Otherwise a file opened later could become stdout or stderr and receive other output.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # the lowest number free
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # the lowest free number
