@@ -1,13 +1,13 @@
 """Evaluation: the mean loss over batches that depend on a seed alone."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from niels_gpt.batching import get_batch
-from niels_gpt.loss import Batch, cross_entropy, forward, rows_per_block
+from niels_gpt.loss import Batch, cross_entropy, forward, row_blocks
 from niels_gpt.model.gpt import GPT
 from niels_gpt.rng import make_generator
 from niels_gpt.state import TrainState
@@ -22,15 +22,8 @@ def evaluate(state: TrainState, stream: bytes, seed: int) -> float:
     Raises:
         ValueError: if the stream is shorter than T + 1.
     """
-    model_cfg, train_cfg = state.model_cfg, state.train_cfg
     return _mean_loss(
-        lambda x: forward(state.params, x, model_cfg),
-        stream,
-        B=train_cfg.B,
-        T=model_cfg.T,
-        device=state.device,
-        eval_steps=train_cfg.eval_steps,
-        seed=seed,
+        lambda x: forward(state.params, x, state.model_cfg), batches_of(state, stream, seed)
     )
 
 
@@ -52,7 +45,9 @@ def eval_loss_on_stream(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return _mean_loss(model, stream, B=B, T=T, device=device, eval_steps=eval_steps, seed=seed)
+        return _mean_loss(
+            model, eval_batches(stream, B=B, T=T, device=device, eval_steps=eval_steps, seed=seed)
+        )
     finally:
         for module, training in modes:
             module.training = training
@@ -69,23 +64,19 @@ def eval_batches(
         )
 
 
+def batches_of(state: TrainState, stream: bytes, seed: int) -> Iterator[Batch]:
+    """Draw the batches that `evaluate(state, stream, seed)` takes the mean over."""
+    cfg, T = state.train_cfg, state.model_cfg.T
+    return eval_batches(
+        stream, B=cfg.B, T=T, device=state.device, eval_steps=cfg.eval_steps, seed=seed
+    )
+
+
 @torch.no_grad()
-def _mean_loss(
-    logits_of: Callable[[Tensor], Tensor],
-    stream: bytes,
-    *,
-    B: int,
-    T: int,
-    device: torch.device | str,
-    eval_steps: int,
-    seed: int,
-) -> float:
+def _mean_loss(logits_of: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> float:
+    """Return the mean of the batches' mean losses, of which each is summed up in row blocks."""
     losses = []
-    for x, y in eval_batches(stream, B=B, T=T, device=device, eval_steps=eval_steps, seed=seed):
-        rows = rows_per_block(T)
-        parts = [
-            cross_entropy(logits_of(x[i : i + rows]), y[i : i + rows], reduction="sum")
-            for i in range(0, B, rows)
-        ]
-        losses.append(torch.stack(parts).sum().item() / y.numel())
-    return math.fsum(losses) / eval_steps
+    for batch in batches:
+        parts = [cross_entropy(logits_of(x), y, reduction="sum") for (x, y), _ in row_blocks(batch)]
+        losses.append(torch.stack(parts).sum().item() / batch[1].numel())
+    return math.fsum(losses) / len(losses)

@@ -102,7 +102,7 @@ def block_gradients(
     return grad_and_value(share_of_loss)(params)
 
 
-def row_blocks(batch: Batch, drop: Tensor | None) -> list[tuple[Batch, Tensor | None]]:
+def row_blocks(batch: Batch, drop: Tensor | None = None) -> list[tuple[Batch, Tensor | None]]:
     """Split a batch and its keys into blocks of `rows_per_block` rows."""
     x, y = batch
     rows = rows_per_block(x.shape[1])

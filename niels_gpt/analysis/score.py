@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from niels_gpt.eval import eval_batches
-from niels_gpt.loss import forward, rows_per_block
+from niels_gpt.eval import batches_of
+from niels_gpt.loss import forward, row_blocks, rows_per_block
 from niels_gpt.state import TrainState
 
 FIRST_BYTE_NATS = math.log(256)  # it has no context: all byte values are equally likely
@@ -70,14 +70,10 @@ def sampled_windows(state: TrainState, stream: bytes, seed: int) -> Iterator[Win
     Raises:
         ValueError: if the stream is shorter than T + 1.
     """
-    cfg, T = state.train_cfg, state.model_cfg.T
-    rows = rows_per_block(T)
-    for x, y in eval_batches(
-        stream, B=cfg.B, T=T, device=state.device, eval_steps=cfg.eval_steps, seed=seed
-    ):
-        for i in range(0, cfg.B, rows):
-            for losses in byte_losses(state, x[i : i + rows], y[i : i + rows]):
-                yield Window(T, math.fsum(losses))
+    for batch in batches_of(state, stream, seed):
+        for (x, y), _ in row_blocks(batch):
+            for losses in byte_losses(state, x, y):
+                yield Window(len(losses), math.fsum(losses))
 
 
 def full_windows(
