@@ -1,27 +1,25 @@
-"""The two configs of a run as frozen, validated values, and their strict JSON format.
+"""The two configs of a run as frozen, validated values, and the JSON documents they are read from.
 
 Standard library only, so that a bad config is reported before torch is imported.
 """
 
-import codecs
 import dataclasses
 import difflib
-import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from niels_gpt import paths
+from niels_gpt.files.strict_json import MAX_LISTED, parse_json, shorten, show
+from niels_gpt.files.strict_json import load_json as load_json
+from niels_gpt.files.strict_json import save_json as save_json
 
 SOURCE_NAMES = ("wiki", "roam", "primer")
 MAX_CONFIG_BYTES = 1_000_000
-MAX_INT_DIGITS = 100
-MAX_LISTED = 100  # problems in one message
 LARGEST_FLOAT = 1e30  # float32 holds it with room for one multiplication
 
 
@@ -138,7 +136,7 @@ def _field_problems(
             else _number_problem(value, whole=f.type is int, bounds=f.metadata)
         )
         if problem:
-            problems.append(f"{prefix}{f.name}={_show(value)} {problem}")
+            problems.append(f"{prefix}{f.name}={show(value)} {problem}")
         else:
             legal[f.name] = value
     return problems + [prefix + line for line in _relation_problems(legal)]
@@ -161,12 +159,12 @@ def _number_problem(value: object, *, whole: bool, bounds: Mapping[str, Any]) ->
 def _p_train_problem(value: object) -> str | None:
     if not isinstance(value, Mapping) or not value:
         return "must be an object of source names and probabilities"
-    names = [_show(name) for name in value if not (isinstance(name, str) and name)]
+    names = [show(name) for name in value if not (isinstance(name, str) and name)]
     if names:
         return f"has keys that are not source names: {', '.join(names)}"
     bounds = _bounds(0, 1, "")
     wrong = [
-        f"{name}={_show(p)}"
+        f"{name}={show(p)}"
         for name, p in value.items()
         if _number_problem(p, whole=False, bounds=bounds)
     ]
@@ -189,113 +187,6 @@ def _relation_problems(legal: Mapping[str, Any]) -> list[str]:
     if "min_lr" in legal and "base_lr" in legal and legal["min_lr"] > legal["base_lr"]:
         problems.append(f"min_lr={legal['min_lr']} is above base_lr={legal['base_lr']}")
     return problems
-
-
-def _show(value: object) -> str:
-    """Return any value as short ASCII text, as JSON if possible."""
-    if isinstance(value, int) and value.bit_length() > 512:
-        return f"(an integer of {value.bit_length()} bits)"
-    try:
-        text = json.dumps(value)
-    except (TypeError, ValueError, RecursionError):
-        text = f"({type(value).__name__})"
-    return _shorten(text)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
-
-
-# --- strict JSON -------------------------------------------------------------------------------
-
-
-def parse_json(text: str) -> Any:
-    """Parse one JSON value strictly as in RFC 8259; ValueError says what is wrong and where.
-
-    Refused beyond what `json` refuses: duplicate keys, NaN and Infinity, numbers that overflow a
-    float, integers over 100 digits, and nesting deeper than the interpreter's stack.
-    """
-    try:
-        return json.loads(
-            text,
-            object_pairs_hook=_object_without_duplicates,
-            parse_constant=_refuse_constant,
-            parse_float=_finite_float,
-            parse_int=_short_int,
-        )
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"not valid JSON, line {error.lineno} column {error.colno}: {error.msg}"
-        ) from None
-    except RecursionError:
-        raise ValueError("brackets are nested too deeply") from None
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        twice = [_show(key) for key, count in counts.items() if count > 1]
-        raise ValueError(f"key given more than once: {', '.join(twice[:MAX_LISTED])}")
-    return result
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number that JSON allows")
-
-
-def _finite_float(digits: str) -> float:
-    value = float(digits)
-    if math.isinf(value):
-        raise ValueError(f"{digits[:40]} is too large for a float")
-    return value
-
-
-def _short_int(digits: str) -> int:
-    if len(digits) > MAX_INT_DIGITS:
-        raise ValueError(f"{digits[:20]}... is an integer of {len(digits)} digits")
-    return int(digits)
-
-
-def load_json(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Any:
-    """Read one JSON value from a UTF-8 file, strictly (see `parse_json`).
-
-    Reads at most `max_bytes` + 1 bytes.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it cannot be read or is invalid.
-    """
-    try:
-        with open(path, "rb") as file:
-            data = file.read() if max_bytes is None else file.read(max_bytes + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # a NUL byte in the name
-        raise ValueError(f"{str(path)!r} is not a file name: {error}") from None
-    if max_bytes is not None and len(data) > max_bytes:
-        raise ValueError(f"{path}: larger than {max_bytes} bytes, not a config")
-    if data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{path}: begins with a byte order mark; save it as UTF-8 without BOM")
-    try:
-        return parse_json(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def save_json(path: str | os.PathLike[str], data: object) -> None:
-    """Write `data` as UTF-8 JSON, indent 2, keys sorted.
-
-    A value that JSON cannot hold, NaN included, raises before the file is touched.
-    """
-    text = json.dumps(data, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
-    Path(path).write_bytes((text + "\n").encode("utf-8"))
 
 
 def to_dict(obj: Any) -> dict[str, Any]:
@@ -321,7 +212,7 @@ def load_config_from_json(
     overrides = tuple(overrides)
     if not overrides:
         return config_from_dict(doc, where=str(path), from_file=True)
-    where = f"{path} with " + " ".join(f"--set {_shorten(override)}" for override in overrides)
+    where = f"{path} with " + " ".join(f"--set {shorten(override)}" for override in overrides)
     new_doc = apply_overrides(doc, overrides, where=str(path))
     return config_from_dict(new_doc, where=where, from_file=True)
 
@@ -372,14 +263,14 @@ def apply_overrides(
         if p_train is None:
             p_train = default_p_train()
         if not isinstance(p_train, dict):
-            raise ValueError(f"{where}: train.p_train={_show(p_train)} must be an object")
+            raise ValueError(f"{where}: train.p_train={show(p_train)} must be an object")
         values[key] = {**p_train, source: value}
     return new_doc
 
 
 def _parse_override(override: str) -> tuple[str, str, str | None, Any]:
     """Split `train.p_train.wiki=0.5` into section, key, source (or None) and value."""
-    where = f"--set {_shorten(override)}"
+    where = f"--set {shorten(override)}"
     dotted, equals, text = override.partition("=")
     section, _, rest = dotted.strip().partition(".")
     key, dot, source = rest.partition(".")
@@ -419,10 +310,10 @@ def find_config(name: str | os.PathLike[str]) -> Path:
 def _require_sections(doc: object, *, where: str) -> dict[str, dict[str, Any]]:
     if not isinstance(doc, dict):
         raise ValueError(
-            f'{where}: must be an object with the sections "model" and "train", not {_show(doc)}'
+            f'{where}: must be an object with the sections "model" and "train", not {show(doc)}'
         )
     wrong = [
-        f"{name}={_show(doc[name])} must be an object"
+        f"{name}={show(doc[name])} must be an object"
         for name in SECTIONS
         if not isinstance(doc.get(name, {}), dict)
     ]
@@ -459,7 +350,7 @@ def _unknown(kind: str, prefix: str, names: Iterable[str], known: Iterable[str])
     for name in unknown[:MAX_LISTED]:
         near = difflib.get_close_matches(name[:80].lower(), by_lower, n=1)
         hint = f"did you mean {prefix}{by_lower[near[0]]}?" if near else no_hint
-        shown = name if name.isidentifier() and name.isascii() and len(name) <= 80 else _show(name)
+        shown = name if name.isidentifier() and name.isascii() and len(name) <= 80 else show(name)
         lines.append(f"unknown {kind} {prefix}{shown} ({hint})")
     return lines + ([f"and {len(unknown) - len(lines)} more"] if len(unknown) > len(lines) else [])
 

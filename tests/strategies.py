@@ -49,3 +49,15 @@ def train_configs(draw, *, max_steps=20):
         weight_decay=draw(st.floats(0, 1)),
         p_train=draw(probabilities()),
     )
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-(10**99), 10**99)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)

@@ -22,12 +22,10 @@ from niels_gpt.config import (
     find_config,
     load_config_from_json,
     load_json,
-    parse_json,
-    save_json,
     to_dict,
 )
 from tests import ROOT
-from tests.strategies import model_configs, probabilities, train_configs
+from tests.strategies import json_values, model_configs, probabilities, train_configs
 
 CONFIGS = ROOT / "configs"
 SMOKE = {
@@ -376,16 +374,6 @@ def test_an_endless_file_is_refused_in_little_memory():
     assert result.stderr == "/dev/zero: larger than 1000000 bytes, not a config\n"
 
 
-json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.integers(-(10**99), 10**99)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
-    max_leaves=12,
-)
 values = json_values | st.sampled_from([math.nan, math.inf, True, -1, 0, 10**400, {"wiki": 1.0}])
 names = st.text(max_size=12) | st.sampled_from(
     [field.name for cls in (ModelConfig, TrainConfig) for field in dataclasses.fields(cls)]
@@ -429,47 +417,6 @@ def test_any_damage_to_a_config_file_is_answered(tmp_path, data):
 def test_any_override_is_answered(override):
     doc = {"train": {"p_train": {"wiki": 1.0}}}
     assert_answered(lambda: config_from_dict(apply_overrides(doc, [override]), where="x"))
-
-
-# --- saving ------------------------------------------------------------------------------------
-
-
-@given(json_values)
-def test_saved_json_is_read_back(tmp_path, value):
-    path = tmp_path / "x.json"
-    save_json(path, value)
-    assert load_json(path) == value
-
-
-def test_saved_json_is_for_people(tmp_path):
-    path = tmp_path / "x.json"
-    save_json(path, {"b": "é", "a": [1]})
-    assert path.read_bytes() == '{\n  "a": [\n    1\n  ],\n  "b": "é"\n}\n'.encode()
-
-
-@pytest.mark.parametrize("bad", [math.nan, object(), "\ud800", {1: 2, "a": 3}])
-def test_what_json_cannot_hold_leaves_the_file_alone(tmp_path, bad):
-    path = write(tmp_path, "old")
-    with pytest.raises((ValueError, TypeError)):
-        save_json(path, bad)
-    assert path.read_text() == "old"
-
-
-@pytest.mark.parametrize("text", ["1e400", "-1e400", "[NaN]", "9" * 101, '{"a": 1, "a": 1}'])
-def test_json_itself_is_stricter_than_pythons(text):
-    json.loads(text)
-    with pytest.raises(ValueError, match=r"too large|not a number|101 digits|more than once"):
-        parse_json(text)
-
-
-def test_numbers_keep_their_kind():
-    assert [type(v) for v in parse_json("[1, 1.0, 1e2, -0.0, true]")] == [
-        int,
-        float,
-        float,
-        float,
-        bool,
-    ]
 
 
 # --- overrides ---------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 
 from tests import ROOT
 
-LEAVES = "paths device tokenizer chat_format rng config lr_schedule"
+LEAVES = "paths device tokenizer chat_format rng files.strict_json config lr_schedule"
 MODEL = "model.dropout model.flops model.rope model.blocks model.gpt model"
 CORE = "optim.trees optim.clip optim.adamw optim loss state batching step eval"
 DATA = "data.split data.roam data.primer data.wikitext data.python_docs data"
@@ -134,7 +134,9 @@ def test_the_model_knows_no_optimizer_data_or_checkpoint(module):
     assert arrows()[module] <= {"config", "rng", *MODEL.split()}
 
 
-@pytest.mark.parametrize("module", ["config", "paths", "chat_format", "lr_schedule", "model.flops"])
+@pytest.mark.parametrize(
+    "module", ["files.strict_json", "config", "paths", "chat_format", "lr_schedule", "model.flops"]
+)
 def test_some_modules_need_the_standard_library_only(module):
     assert tops(modules()[module]) <= {*sys.stdlib_module_names, "niels_gpt"}
 

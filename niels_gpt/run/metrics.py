@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from niels_gpt.config import parse_json
 from niels_gpt.files import durable
+from niels_gpt.files.strict_json import parse_json
 
 CLOCK_FIELDS = ("seconds", "bytes_per_s")
 
@@ -29,7 +29,8 @@ def read_metrics(path: Path) -> list[Record]:
     for line in lines:
         try:
             record = parse_json(line.decode())
-        except ValueError:  # cut off by a power failure
+            to_lines([record])
+        except ValueError:  # cut off by a power failure, or a number that is not finite
             break
         if not _is_record(record):
             break

@@ -29,6 +29,7 @@ def test_records_come_back_as_they_were_written(tmp_path):
         b'{"kind": "train", "step": "1", "seconds": 1}',
         b'{"kind": "train", "step": 1, "seconds": "x"}',
         b'{"kind": "train", "step": 1, "seconds": NaN}',
+        b'{"kind": "train", "step": 1, "seconds": 1e999}',
     ],
 )
 def test_reading_ends_at_the_first_line_that_is_no_record(tmp_path, line):
