@@ -28,9 +28,7 @@ _NAME = click.Path()  # a str, because a word may stand for a file; click.Path c
 @click.option(
     "--resume", type=_NAME, metavar="PATH", help="Checkpoint to resume, or the word `latest`."
 )
-@click.option(
-    "--device", metavar="NAME", help="cpu, mps or cuda; default: mps if available, else cpu."
-)
+@click.option("--device", metavar="NAME", help="cpu, mps or cuda; default mps, else cpu.")
 @click.option("--out", type=_FOLDER, metavar="DIR", help="Output folder (default checkpoints/).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")
 @source_options

@@ -98,9 +98,7 @@ def fetch(as_json: bool) -> None:
 @main.command(epilog="Example: niels-gpt data sample --config smoke --roam ~/notes -n 3")
 @_config_option
 @source_options
-@click.option(
-    "--step", type=click.IntRange(1), default=1, show_default=True, help="Step of the run."
-)
+@click.option("--step", type=click.IntRange(1), default=1, show_default=True, help="Which step.")
 @click.option("-n", "n", type=click.IntRange(1), default=3, show_default=True, help="Rows to show.")
 @json_option()
 def sample(

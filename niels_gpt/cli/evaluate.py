@@ -31,25 +31,15 @@ if TYPE_CHECKING:
 )
 @click.option("--ckpt", type=PATH, required=True, metavar="PATH", help="Checkpoint.")
 @click.option("--full", is_flag=True, help="Score every byte once, with a sliding window.")
-@click.option(
-    "--stride", type=int, metavar="N", help="Bytes between windows (default: half a window)."
-)
+@click.option("--stride", type=int, metavar="N", help="Bytes between windows (default: T/2).")
 @click.option("--rows", type=click.IntRange(1), metavar="N", help="Windows computed at a time.")
 @click.option("--text", type=PATH, metavar="FILE", help="Score this file instead of the sources.")
 @click.option(
-    "--source",
-    "names",
-    type=click.Choice(SOURCE_NAMES),
-    multiple=True,
-    help="Score only this source.",
+    "--source", "names", type=click.Choice(SOURCE_NAMES), multiple=True, help="Only this source."
 )
 @source_options
-@click.option(
-    "--seed", type=int, metavar="N", help="Seed of the windows (default: the checkpoint's)."
-)
-@click.option(
-    "--steps", type=int, metavar="N", help="Batches of windows (default: the checkpoint's)."
-)
+@click.option("--seed", type=int, metavar="N", help="Seed (default: the checkpoint's).")
+@click.option("--steps", type=int, metavar="N", help="Batches (default: the checkpoint's).")
 @device_option()
 @json_option()
 def main(
