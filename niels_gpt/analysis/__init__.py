@@ -1,1 +1,1 @@
-"""Looking at text, checkpoints and runs: scores, pictures, replays, sweeps, gradients."""
+"""Analyses of text, checkpoints and runs: scores, pictures, replays, sweeps, gradients."""

@@ -1,1 +1,1 @@
-"""Bytes on disk: durable writes, safe reading, and what a checkpoint file may hold."""
+"""Bytes on disk: durable writes, safe reading, and the schema of a checkpoint file."""

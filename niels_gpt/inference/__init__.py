@@ -1,1 +1,1 @@
-"""Using a model: load it, generate text, chat, export it."""
+"""Using a model: load, generate, chat, export."""

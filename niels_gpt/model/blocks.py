@@ -3,11 +3,11 @@
 Shapes: B batch, T positions, C model width, H heads, D = C/H head width. Activations float32.
 
 Dropout acts once on each residual branch, on the embedding, and on the attention probabilities.
-Its randomness enters in one of two ways: `drop` carries keys (see `niels_gpt.model.dropout`), or,
-with `drop=None`, a module in `train()` mode draws from torch's global generator like any other.
+Its randomness comes either from the keys in `drop` (see `niels_gpt.model.dropout`) or, with
+`drop=None` and in `train()` mode, from torch's global generator as in any module.
 
-`extend` continues a text whose first t positions were seen before: their keys and values come in as
-an argument and go out extended, so that nothing is computed twice and nothing is stored here.
+`extend` continues a text of t known positions: their keys and values are an argument and are
+returned extended, so nothing is computed twice and nothing is stored here.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from niels_gpt.config import ModelConfig
 from niels_gpt.model import dropout, rope
 
-Q_BLOCK = 64  # queries handled at a time: their keys end with them, so half the square is skipped
+Q_BLOCK = 64  # queries per block: later keys are skipped, about half of all scores
 
 
 class KV(NamedTuple):
-    """Rotated keys, and values, of the positions that one attention has seen."""
+    """The rotated keys and the values of the positions that one attention layer has seen."""
 
     k: Tensor  # (B, H, t, D)
     v: Tensor  # (B, H, t, D)
@@ -45,7 +45,7 @@ def init_weights(module: nn.Module, generator: torch.Generator | None = None) ->
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention of each position to itself and the ones before (Vaswani et al. 2017)."""
+    """Causal multi-head self-attention (Vaswani et al. 2017)."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -66,8 +66,8 @@ class CausalSelfAttention(nn.Module):
         Args:
             x: (B, T, C).
             return_attn: also return the (B, H, T, T) probabilities, before dropout.
-            drop: (B, 2) int32 key of the mask of the probabilities.
-            tables: sin and cos of x's positions, from `rope_cache`; computed here if not given.
+            drop: (B, 2) int32 keys of the probabilities' mask.
+            tables: sin and cos of x's positions from `rope_cache`; computed if not given.
         """
         T, C = x.shape[-2:]
         if tables is None:
@@ -81,9 +81,9 @@ class CausalSelfAttention(nn.Module):
         return y, torch.cat([F.pad(p, (0, T - p.shape[-1])) for p in attn], dim=-2)
 
     def extend(self, x: Tensor, past: KV, *, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, KV]:
-        """Map x (B, T, C), which follows the t positions of `past`; return what then is seen too.
+        """Map x (B, T, C), which follows the t positions of `past`; also return `past` extended.
 
-        `tables` are those of positions t to t + T.
+        `tables` are for positions t to t + T.
         """
         q, k, v = self._rotated(x, tables)
         seen = KV(torch.cat((past.k, k), dim=-2), torch.cat((past.v, v), dim=-2))
@@ -106,9 +106,9 @@ class CausalSelfAttention(nn.Module):
         drop: Tensor | None = None,
         attn: list[Tensor] | None = None,
     ) -> Tensor:
-        """Let the last T positions' queries attend to all keys up to each; return (B, T, C).
+        """Let the queries of the last T positions attend to all keys up to each; return (B, T, C).
 
-        The probabilities of each block of queries are appended to `attn`.
+        Appends the probabilities of each block of queries to `attn`.
         """
         T, D = q.shape[-2:]
         t = k.shape[-2] - T
@@ -133,9 +133,9 @@ def _drop(x: Tensor, key: Tensor | None, p: float, training: bool, start: int = 
 
 
 def _causal_softmax(q: Tensor, k: Tensor) -> Tensor:
-    """Normalise the scores of the last n positions' queries over the m keys up to each of them.
+    """Return the attention probabilities of the last n queries over the m keys up to each.
 
-    q (B, H, n, D) is scaled already, k is (B, H, m, D); returns (B, H, n, m).
+    q is (B, H, n, D), already scaled, k is (B, H, m, D); returns (B, H, n, m).
     """
     n, m = q.shape[-2], k.shape[-2]
     future = torch.full((n, n), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
@@ -172,8 +172,8 @@ class _Prefixes(torch.autograd.Function):
 def prefixes(x: Tensor, stops: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Return the first positions of x (..., T, D) up to each stop, the last of which is T.
 
-    The gradients of plain slices would each be padded to all of x with zeros and then added up;
-    a compiler sees to that itself, and takes no function with a tangent of its own.
+    Each gradient of a plain slice would be padded to all of x with zeros before summing. A compiler
+    avoids that itself, and does not support functions with a custom jvp.
     """
     if len(stops) == 1 or torch.compiler.is_compiling():
         return tuple(x[..., :stop, :] for stop in stops)

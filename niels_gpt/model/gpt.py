@@ -16,15 +16,15 @@ from niels_gpt.config import ModelConfig
 from niels_gpt.model import dropout, rope
 from niels_gpt.model.blocks import KV, Block, init_weights
 
-Past = tuple[KV, ...]  # one a block
+Past = tuple[KV, ...]  # one per block
 
 
 class GPT(nn.Module):
     """Map bytes to logits of the next byte.
 
-    Used plainly, it is an ordinary module: `train()`, `eval()`, `state_dict()`, `torch.optim`.
-    Used by the training step, its parameters come in through `functional_call` and its dropout
-    through `drop`. It has no buffers, so a skeleton on the meta device is enough for that.
+    It is an ordinary module: `train()`, `eval()`, `state_dict()`, `torch.optim` work as usual. The
+    training step passes parameters through `functional_call` and dropout keys through `drop`.
+    There are no buffers, so a skeleton on the meta device suffices for that.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -55,11 +55,11 @@ class GPT(nn.Module):
         return logits
 
     def read(self, x: Tensor, past: Past) -> tuple[Tensor, Past]:
-        """Compute logits (B, T, V) of ids (B, T) that follow t others; return what then is seen.
+        """Compute logits (B, T, V) of ids (B, T) that follow t others; also return `past` extended.
 
         Args:
             x: int64 ids, t + T at most cfg.T.
-            past: what was seen of the t ids before x (see `no_past`).
+            past: keys and values of the t ids before x (see `no_past`).
 
         Raises:
             ValueError: if t + T exceeds the context length.
@@ -74,7 +74,7 @@ class GPT(nn.Module):
     def _enter(
         self, x: Tensor, drop: Tensor | None = None, start: int = 0
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Embed ids x (B, T); return (B, T, C), and sin and cos of their positions from `start`."""
+        """Embed ids (B, T); return (B, T, C), and sin and cos of their positions from `start`."""
         cfg, T = self.cfg, x.shape[-1]
         if x.ndim != 2 or start + T > cfg.T:
             after = f" after {start}" if start else ""
@@ -91,10 +91,10 @@ class GPT(nn.Module):
 
 
 def _embed(table: nn.Embedding, x: Tensor) -> Tensor:
-    """Look up the rows (B, T, C) of ids (B, T); compiled, by an exact product with one-hot rows.
+    """Look up the rows (B, T, C) of ids (B, T); when compiled, by an exact product with one-hots.
 
-    Of a lookup, the compiler has threads add up the gradient of a row in the order in which they
-    happen to come, so that its last bits differ from one time to the next.
+    In compiled code, threads accumulate the gradient of a lookup in the order in which they arrive,
+    so its last bits would differ from run to run.
     """
     if not torch.compiler.is_compiling():
         rows: Tensor = table(x)
@@ -106,13 +106,13 @@ def _embed(table: nn.Embedding, x: Tensor) -> Tensor:
 def no_past(
     cfg: ModelConfig, B: int, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> Past:
-    """Return what has been seen of B texts before their first id: keys and values of none."""
+    """Return the keys and values before the first id of B texts: empty ones."""
     none = torch.empty(B, cfg.H, 0, cfg.C // cfg.H, device=device, dtype=dtype)
     return (KV(none, none),) * cfg.L
 
 
 class _Skeletons(threading.local):
-    """Skeletons of one thread: `functional_call` lends a module its tensors while it runs."""
+    """Skeletons per thread, because `functional_call` swaps a module's tensors while it runs."""
 
     def __init__(self) -> None:
         self.of: dict[ModelConfig, GPT] = {}
@@ -122,15 +122,15 @@ _skeletons = _Skeletons()
 
 
 def skeleton(cfg: ModelConfig) -> GPT:
-    """Return the GPT of this config without storage, in eval mode, for `functional_call`.
+    """Return a GPT of this config without storage, in eval mode, for `functional_call`.
 
-    It is shared between the callers of a thread: call it, never change it. It is kept in a plain
-    dict because a compiler that traces this looks through `functools.cache` and builds a new one.
+    It is shared by the callers of a thread: call it, but never change it. It is kept in a plain
+    dict because a tracing compiler looks through `functools.cache` and would build a new one.
     """
     known = _skeletons.of
     if cfg not in known:
-        # In a thread of its own it is outside of all transforms: `vmap` would refuse the draw of
-        # initial weights, though they have no values, and `grad` would wrap the parameters.
+        # A separate thread is outside all transforms: `vmap` would reject the draw of initial
+        # weights, although they have no values, and `grad` would wrap the parameters.
         with ThreadPoolExecutor(1) as outside:
             known[cfg] = outside.submit(_build_skeleton, cfg).result()
     return known[cfg]

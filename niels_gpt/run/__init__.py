@@ -1,1 +1,1 @@
-"""One training: from the options of the command to files in the output folder."""
+"""One training run, from the options of the command to the files in its output folder."""

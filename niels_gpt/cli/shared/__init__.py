@@ -1,1 +1,1 @@
-"""What commands share: the modules of the folder above are commands, each of them."""
+"""Code shared by commands. (Every module in the folder above is a command.)"""
