@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from niels_gpt import paths
+from niels_gpt.data.sources import SOURCES
 from niels_gpt.files.strict_json import MAX_LISTED, parse_json, shorten, show
 from niels_gpt.files.strict_json import load_json as load_json
 from niels_gpt.files.strict_json import save_json as save_json
 
-SOURCE_NAMES = ("wiki", "roam", "primer")
+SOURCE_NAMES = tuple(SOURCES)
 MAX_CONFIG_BYTES = 1_000_000
 LARGEST_FLOAT = 1e30  # float32 holds it with room for one multiplication
 

@@ -8,8 +8,8 @@ Nothing here prints. What the user should know lies in the returned dicts: `miss
 why it was left out), `messages` (sentences), and `describe_sources` for origin, size and digest.
 """
 
-import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+import contextlib
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 from niels_gpt import paths
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.data import cache
-from niels_gpt.data.primer import DIALOGUE_DELIM, load_primer_text, split_primer_dialogues
-from niels_gpt.data.python_docs import load_python_docs, python_docs_origin
-from niels_gpt.data.roam import SKIPPED_BY_DESIGN, load_texts, scan_notes, split_roam_paths
+from niels_gpt.data.primer import DIALOGUE_DELIM
+from niels_gpt.data.recipe import Reading, Recipe, Unavailable, join_documents, to_bytes
+from niels_gpt.data.sources import SOURCES, check_place
+from niels_gpt.data.wiki import WIKITEXT, wikitext_recipe
 from niels_gpt.data.wikitext import load_wikitext
 
 SPLITS = ("train", "val")
-WIKI_FILE_NAMES = (("train.txt", "val.txt"), ("wiki.train.raw", "wiki.valid.raw"))
-WIKITEXT = "WikiText-103"
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,14 @@ class StreamBuildConfig:
     delimiter: str = DIALOGUE_DELIM
     force_rebuild: bool = False
     allow_missing_sources: bool = False
-    enabled_sources: tuple[str, ...] = ("wiki", "roam", "primer")
+    enabled_sources: tuple[str, ...] = tuple(SOURCES)
     required_sources: tuple[str, ...] = ("wiki", "roam", "primer")
     T: int = 256
     wiki_root: str | Path | None = None
     wiki_fallback: bool = False
     write_cache: bool = True
     fetch: bool = True
+    places: Mapping[str, str | Path] = field(default_factory=dict)  # by source, before the above
 
 
 def locate(places: Mapping[str, str | Path], *, write_cache: bool = True) -> StreamBuildConfig:
@@ -61,13 +61,9 @@ def locate(places: Mapping[str, str | Path], *, write_cache: bool = True) -> Str
     FileNotFoundError for a place that is given and is not there: only at its default place may
     a source be absent.
     """
-    if "roam" in places and not Path(places["roam"]).is_dir():
-        raise FileNotFoundError(f"--roam {places['roam']}: no such folder")
-    if "primer" in places and not Path(places["primer"]).is_file():
-        raise FileNotFoundError(f"--primer {places['primer']}: no such file")
-    fields = {"wiki": "wiki_root", "roam": "roam_root", "primer": "primer_path"}
-    given: dict[str, Any] = {fields[name]: place for name, place in places.items()}
-    return StreamBuildConfig(write_cache=write_cache, **given)
+    for name, place in places.items():
+        check_place(name, place)
+    return StreamBuildConfig(places=places, write_cache=write_cache)
 
 
 class SourceInfo(NamedTuple):
@@ -91,6 +87,7 @@ class Built(NamedTuple):
 
     stream: bytes
     info: SourceInfo
+    recipe: Recipe | None = None
 
 
 class Sources(dict[str, bytes]):
@@ -112,44 +109,10 @@ class Sources(dict[str, bytes]):
         return [f"{name}: left out ({why})" for name, why in self.missing.items()]
 
 
-class Recipe(NamedTuple):
-    """How to make the two streams of a source, and from exactly which inputs."""
-
-    source: str
-    origin: str
-    place: str
-    inputs: dict[str, Any]  # JSON-like; with `origin`: equal inputs, equal streams
-    build: Callable[[], tuple[bytes, bytes]]
-
-    def meta(self, split: str) -> dict[str, Any]:
-        """Name everything that the stream of `split` depends on."""
-        return {"source": self.source, "split": split, "origin": self.origin, **self.inputs}
-
-
-class Unavailable(RuntimeError):
-    """A source cannot be built; the text says why."""
-
-
 # --- texts to bytes ----------------------------------------------------------------------------
 
-
-def build_wiki_stream(docs: Iterable[str], *, sep: str) -> bytes:
-    """Join documents by `sep` as UTF-8; a lone surrogate becomes "?"."""
-    return _join(docs, sep)
-
-
-def build_roam_stream(docs: Iterable[str], *, sep: str) -> bytes:
-    """Join notes by `sep` as UTF-8; a lone surrogate becomes "?"."""
-    return _join(docs, sep)
-
-
-def build_primer_stream(text: str) -> bytes:
-    """Encode the primer as UTF-8; a lone surrogate becomes "?"."""
-    return text.encode(errors="replace")
-
-
-def _join(docs: Iterable[str], sep: str) -> bytes:
-    return sep.encode(errors="replace").join(doc.encode(errors="replace") for doc in docs)
+build_wiki_stream = build_roam_stream = join_documents
+build_primer_stream = to_bytes
 
 
 # --- all sources at once -----------------------------------------------------------------------
@@ -174,7 +137,7 @@ def build_sources(cfg: StreamBuildConfig | None = None) -> tuple[Sources, Source
     for source in cfg.enabled_sources:
         required = source in cfg.required_sources
         try:
-            built_train, built_val = _BUILDERS[source](cfg, messages)
+            built_train, built_val = _build(source, cfg, messages)
             if required and not built_val.stream:
                 raise Unavailable("its validation split would be empty: too few documents")
         except (Unavailable, OSError) as why:
@@ -200,7 +163,7 @@ def build_train_val_sources(
 
     Train has those sources of `p_train` (probability above 0) that are there. Val has "wiki" at
     least, on which every run is evaluated, whether or not it trains on it. Notes and primer may be
-    missing and the wiki text may be the embedded default, but a wiki folder has to be complete.
+    missing and the wiki text may be the fallback text, but a wiki folder must be complete.
     """
     wanted = [name for name, probability in train_cfg.p_train.items() if probability > 0]
     cfg = replace(
@@ -227,7 +190,7 @@ def fetch_wikitext(cfg: StreamBuildConfig | None = None) -> tuple[Sources, Sourc
     cfg = cfg or StreamBuildConfig()
     messages: list[str] = []
     try:
-        train, val = _make(_wikitext_recipe(cfg), cfg, messages)
+        train, val = _make("wiki", wikitext_recipe(reading("wiki", cfg)), cfg, messages)
     except Unavailable as why:
         raise RuntimeError(f"{WIKITEXT} cannot be had: {why}") from why
     return Sources({"wiki": train}, {}, messages), Sources({"wiki": val}, {}, messages)
@@ -255,8 +218,8 @@ def _only(sources: dict[str, bytes], names: Collection[str]) -> dict[str, bytes]
 
 
 def _check(cfg: StreamBuildConfig) -> None:
-    if unknown := [name for name in cfg.enabled_sources if name not in _BUILDERS]:
-        raise ValueError(f"unknown sources {unknown}; there are {list(_BUILDERS)}")
+    if unknown := [name for name in cfg.enabled_sources if name not in SOURCES]:
+        raise ValueError(f"unknown sources {unknown}; there are {list(SOURCES)}")
     if extra := [name for name in cfg.required_sources if name not in cfg.enabled_sources]:
         raise ValueError(
             "required_sources has to be a subset of enabled_sources "
@@ -280,185 +243,89 @@ def _long_enough(built: Built, source: str, split: str, T: int) -> Built:
 # --- one source --------------------------------------------------------------------------------
 
 
-def _build_wiki(cfg: StreamBuildConfig, messages: list[str]) -> tuple[Built, Built]:
-    folder = Path(cfg.wiki_root) if cfg.wiki_root is not None else _default_wiki_folder()
-    if folder is not None:
-        return _make(_folder_recipe(folder), cfg, messages)
-    try:
-        return _make(_wikitext_recipe(cfg), cfg, messages)
-    except Unavailable as why:
-        if not cfg.wiki_fallback:
-            raise Unavailable(f"{why}. Or give a folder with train.txt and val.txt") from why
-        built = _make(_python_docs_recipe(cfg), cfg, messages)
-        messages.append(
-            f"wiki: the embedded default is used, the {built[0].info.origin}. For Wikipedia give "
-            f"--wiki DIR, or make WikiText-103 available: {why}"
-        )
-        return built
-
-
-def _build_roam(cfg: StreamBuildConfig, messages: list[str]) -> tuple[Built, Built]:
-    root = Path(os.path.abspath(cfg.roam_root))
-    found, skipped = scan_notes(root)
-    if not found:
-        no_folder = "" if root.is_dir() else ", which is no folder"
-        raise Unavailable(f"no notes (*.md) under {root}{no_folder}")
-    if lost := [s for s in skipped if s.reason not in SKIPPED_BY_DESIGN]:
-        messages.append(f"roam: {len(lost)} left out, the first {lost[0].path}: {lost[0].reason}")
-
-    def build() -> tuple[bytes, bytes]:
-        train, val = split_roam_paths(found, val_frac=cfg.roam_val_frac, seed=cfg.seed, root=root)
-        return (
-            build_roam_stream(load_texts(train), sep=cfg.doc_separator),
-            build_roam_stream(load_texts(val), sep=cfg.doc_separator),
-        )
-
-    inputs = {
-        "files": _stamps(found),
-        "sep": cfg.doc_separator,
-        "seed": cfg.seed,
-        "val_frac": cfg.roam_val_frac,
-    }
-    return _make(Recipe("roam", "notes", str(root), inputs, build), cfg, messages)
-
-
-def _build_primer(cfg: StreamBuildConfig, messages: list[str]) -> tuple[Built, Built]:
-    path = Path(os.path.abspath(cfg.primer_path))
-    if not path.is_file():
-        raise Unavailable(f"no primer file at {path}")
-
-    def build() -> tuple[bytes, bytes]:
-        train, val = split_primer_dialogues(
-            load_primer_text(path),
-            val_frac=cfg.primer_val_frac,
-            seed=cfg.seed,
-            delimiter=cfg.delimiter,
-        )
-        return build_primer_stream(train), build_primer_stream(val)
-
-    inputs = {
-        "path": str(path),
-        "files": _stamps([path]),
-        "delimiter": cfg.delimiter,
-        "seed": cfg.seed,
-        "val_frac": cfg.primer_val_frac,
-    }
-    return _make(Recipe("primer", "primer", str(path), inputs, build), cfg, messages)
-
-
-_BUILDERS: dict[str, Callable[[StreamBuildConfig, list[str]], tuple[Built, Built]]] = {
-    "wiki": _build_wiki,
-    "roam": _build_roam,
-    "primer": _build_primer,
-}
-
-
-def _default_wiki_folder() -> Path | None:
-    folder = paths.REPO_ROOT / "data" / "wiki"
-    return folder if folder.is_dir() else None
-
-
-def _folder_recipe(folder: Path) -> Recipe:
-    """Take the files' bytes as they are: each split is one document."""
-    folder = Path(os.path.abspath(folder))
-    for names in WIKI_FILE_NAMES:
-        train, val = (folder / name for name in names)
-        if train.is_file() and val.is_file():
-            break
-    else:
-        wanted = ", nor ".join(" and ".join(names) for names in WIKI_FILE_NAMES)
-        raise Unavailable(f"the folder {folder} does not have {wanted}")
-    inputs = {"files": _stamps([train, val])}
-    return Recipe(
-        "wiki", "folder", str(folder), inputs, lambda: (train.read_bytes(), val.read_bytes())
+def reading(source: str, cfg: StreamBuildConfig) -> Reading:
+    """Return how a source is read; the config has fields of their own for three of them."""
+    shared = Reading(
+        place="",
+        seed=cfg.seed,
+        separator=cfg.doc_separator,
+        val_frac=0.1,
+        load_wikitext=load_wikitext if cfg.fetch else None,
+        fallback=cfg.wiki_fallback,
     )
+    own: dict[str, dict[str, Any]] = {
+        "wiki": {"place": cfg.wiki_root or ""},
+        "roam": {"place": cfg.roam_root, "val_frac": cfg.roam_val_frac},
+        "primer": {
+            "place": cfg.primer_path,
+            "val_frac": cfg.primer_val_frac,
+            "separator": cfg.delimiter,
+        },
+    }
+    how = shared._replace(**own.get(source, {}))
+    return how._replace(place=cfg.places.get(source, how.place))
 
 
-def _wikitext_recipe(cfg: StreamBuildConfig) -> Recipe:
-    def load() -> dict[str, list[str]]:
-        if not cfg.fetch:
-            raise Unavailable(f"{WIKITEXT} is not in the cache; niels-gpt data fetch gets it")
-        try:
-            return load_wikitext()
-        except Exception as error:  # no package, no network, whatever the hub's client raises
-            raise Unavailable(" ".join(str(error).split())) from error
-
-    return _docs_recipe(WIKITEXT, cfg.doc_separator, load)
-
-
-def _python_docs_recipe(cfg: StreamBuildConfig) -> Recipe:
-    return _docs_recipe(python_docs_origin(), cfg.doc_separator, load_python_docs)
-
-
-def _docs_recipe(origin: str, sep: str, load: Callable[[], dict[str, list[str]]]) -> Recipe:
-    def build() -> tuple[bytes, bytes]:
-        docs = load()
-        return build_wiki_stream(docs["train"], sep=sep), build_wiki_stream(docs["val"], sep=sep)
-
-    return Recipe("wiki", origin, "", {"sep": sep}, build)
+def _build(source: str, cfg: StreamBuildConfig, messages: list[str]) -> tuple[Built, Built]:
+    """Follow the first recipe that is available; say so where that is not the first of all."""
+    wanted, *others = SOURCES[source].recipes(reading(source, cfg))
+    try:
+        return _make(source, wanted, cfg, messages)
+    except Unavailable as why:
+        for recipe in others:
+            with contextlib.suppress(Unavailable):
+                built = _make(source, recipe, cfg, messages)
+                messages.append(
+                    f"{source}: the fallback text is used, the {recipe.origin}. For other text, "
+                    f"{wanted.remedy}, or make {wanted.origin} available: {why}"
+                )
+                return built
+        raise Unavailable(f"{why}. Or {wanted.remedy}" if wanted.remedy else str(why)) from why
 
 
-def _stamps(files: Iterable[Path]) -> list[dict[str, Any]]:
-    stamps = []
-    for path in files:
-        status = path.stat()
-        stamps.append({"path": str(path), "mtime_ns": status.st_mtime_ns, "size": status.st_size})
-    return stamps
-
-
-# --- from a recipe to streams ------------------------------------------------------------------
-
-
-def _make(recipe: Recipe, cfg: StreamBuildConfig, messages: list[str]) -> tuple[Built, Built]:
+def _make(
+    source: str, recipe: Recipe, cfg: StreamBuildConfig, messages: list[str]
+) -> tuple[Built, Built]:
     """Take both streams from the cache, or build them and cache them where that is possible."""
+    messages += [f"{source}: {message}" for message in recipe.messages]
     folder = paths.REPO_ROOT / cfg.cache_dir
-    streams = None if cfg.force_rebuild else _cached(folder, recipe, messages)
+    names = [f"{source}_{split}" for split in SPLITS]
+    metas = [
+        {"source": source, "split": split, "origin": recipe.origin, **recipe.inputs}
+        for split in SPLITS
+    ]
+    streams = None if cfg.force_rebuild else _cached(folder, names, metas, messages)
     if streams is None:
         train, val = recipe.build()
         if not train:
             raise Unavailable(f"there is no text in it ({recipe.place or recipe.origin})")
-        streams = cache.digest(train), cache.digest(val)
-        if cfg.write_cache and not _is_kept(folder, recipe):
-            _write(folder, recipe, streams, messages)
+        streams = [cache.digest(train), cache.digest(val)]
+        if cfg.write_cache and not _is_spared(folder, names, recipe):
+            try:
+                cache.write_streams(folder, zip(names, metas, streams, strict=True))
+            except OSError as error:
+                messages.append(f"cache: {error}; without it the streams are built anew each time")
     train_stream, val_stream = streams
     return _built(recipe, train_stream), _built(recipe, val_stream)
 
 
-def _built(recipe: Recipe, stream: cache.Stream) -> Built:
-    info = SourceInfo(recipe.origin, recipe.place, len(stream.data), stream.sha256)
-    return Built(stream.data, info)
-
-
 def _cached(
-    folder: Path, recipe: Recipe, messages: list[str]
-) -> tuple[cache.Stream, cache.Stream] | None:
+    folder: Path, names: list[str], metas: list[dict[str, Any]], messages: list[str]
+) -> list[cache.Stream] | None:
     try:
-        train = cache.read_stream(folder, f"{recipe.source}_train", recipe.meta("train"))
-        val = cache.read_stream(folder, f"{recipe.source}_val", recipe.meta("val"))
+        found = [cache.read_stream(folder, *pair) for pair in zip(names, metas, strict=True)]
     except cache.DamagedCacheError as damage:
         messages.append(f"cache: {damage}, so it is built again")
         return None
-    return None if train is None or val is None else (train, val)
+    streams = [stream for stream in found if stream is not None]
+    return streams if len(streams) == len(found) else None
 
 
-def _is_kept(folder: Path, recipe: Recipe) -> bool:
-    """Whether WikiText-103 is cached, which took a download, and `recipe` would replace it."""
-    if recipe.source != "wiki" or recipe.origin == WIKITEXT:
-        return False
-    return cache.read_meta(folder, "wiki_train").get("origin") == WIKITEXT
+def _is_spared(folder: Path, names: list[str], recipe: Recipe) -> bool:
+    """Tell whether the cache holds what took a download, which `recipe` would replace."""
+    return bool(recipe.spares) and cache.read_meta(folder, names[0]).get("origin") == recipe.spares
 
 
-def _write(
-    folder: Path,
-    recipe: Recipe,
-    streams: tuple[cache.Stream, cache.Stream],
-    messages: list[str],
-) -> None:
-    items = [
-        (f"{recipe.source}_{split}", recipe.meta(split), stream)
-        for split, stream in zip(SPLITS, streams, strict=True)
-    ]
-    try:
-        cache.write_streams(folder, items)
-    except OSError as error:
-        messages.append(f"cache: {error}; without it the streams are built anew each time")
+def _built(recipe: Recipe, stream: cache.Stream) -> Built:
+    info = SourceInfo(recipe.origin, recipe.place, len(stream.data), stream.sha256)
+    return Built(stream.data, info, recipe)

@@ -14,10 +14,11 @@ import pytest
 
 from tests import ROOT
 
-LEAVES = "paths device tokenizer chat_format rng files.strict_json config lr_schedule"
+READERS = "data.split data.recipe data.roam data.primer data.python_docs data.wiki data.sources"
+LEAVES = f"paths device tokenizer chat_format rng files.strict_json {READERS} config lr_schedule"
 MODEL = "model.dropout model.flops model.rope model.blocks model.gpt model"
 CORE = "optim.trees optim.clip optim.adamw optim loss state batching step eval"
-DATA = "data.split data.roam data.primer data.wikitext data.python_docs data"
+DATA = "data.wikitext data"
 FILES = "files files.durable files.torchfile files.schema"
 LOOP = "data.cache streams corpus checkpoint run run.stop run.loop"
 ORDER = f"{LEAVES} {MODEL} {CORE} {DATA} {FILES} {LOOP}".split()
@@ -135,7 +136,8 @@ def test_the_model_knows_no_optimizer_data_or_checkpoint(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["files.strict_json", "config", "paths", "chat_format", "lr_schedule", "model.flops"]
+    "module",
+    f"files.strict_json config paths chat_format lr_schedule model.flops {READERS}".split(),
 )
 def test_some_modules_need_the_standard_library_only(module):
     assert tops(modules()[module]) <= {*sys.stdlib_module_names, "niels_gpt"}

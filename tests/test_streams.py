@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from niels_gpt import paths, streams
 from niels_gpt.batching import get_batch, renormalise
 from niels_gpt.config import ModelConfig, TrainConfig
-from niels_gpt.data import DIALOGUE_DELIM
+from niels_gpt.data import DIALOGUE_DELIM, primer, wiki
 from niels_gpt.streams import (
     StreamBuildConfig,
     build_primer_stream,
@@ -52,7 +52,7 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "wiki/val.txt").write_bytes(b"The val text.\n" * 3)
     monkeypatch.setattr(paths, "REPO_ROOT", tmp_path)
     monkeypatch.setattr(streams, "load_wikitext", no_wikitext)
-    monkeypatch.setattr(streams, "load_python_docs", lambda: PYTHON_DOCS)
+    monkeypatch.setattr(wiki, "load_python_docs", lambda: PYTHON_DOCS)
     return tmp_path
 
 
@@ -238,7 +238,7 @@ def test_no_other_text_replaces_a_cached_wikitext(home, monkeypatch, other):
 def test_the_default_is_told_in_one_line_with_the_way_to_the_real_thing(home):
     train, _ = build_sources(wiki_only(home, wiki_fallback=True))
     (note,) = train.messages
-    assert note.startswith("wiki: the embedded default is used, the Python 3")
+    assert note.startswith("wiki: the fallback text is used, the Python 3")
     assert "--wiki DIR" in note
     assert note.endswith("no network")
     assert "\n" not in note
@@ -505,7 +505,7 @@ def test_a_file_that_cannot_be_read_is_a_reason_too(home, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(streams, "load_primer_text", refuse)
+    monkeypatch.setattr(primer, "load_primer_text", refuse)
     with pytest.raises(RuntimeError, match=r"'primer' cannot .*denied: '.*primer\.txt'"):
         build_sources(config(home))
     assert "denied" in build_sources(config(home, allow_missing_sources=True))[0].missing["primer"]

@@ -1,14 +1,13 @@
 """Look at the sources without training: what there is, how it is split, what was left out."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from niels_gpt import paths, streams
 from niels_gpt.data import cache
-from niels_gpt.data.roam import other_files, scan_notes, split_roam_paths
+from niels_gpt.data.roam import other_files, scan_notes
 from niels_gpt.streams import SourceInfo, StreamBuildConfig
 
 CACHED, STALE, UNCACHED = "cached", "cached from other input", "not cached"
@@ -51,9 +50,7 @@ def survey(cfg: StreamBuildConfig) -> list[Source]:
 
 
 def _look(name: str, cfg: StreamBuildConfig) -> Source:
-    found, skipped = _notes_of(name, cfg)
-    left_out = [LeftOut(str(s.path), s.reason) for s in skipped]
-    others = _others(cfg) if name == "roam" else []
+    notes, left_out, others = _look_among_notes(cfg) if name == "roam" else ([], [], [])
     try:
         train, val = streams.build_sources(cfg)
     except (ValueError, RuntimeError, OSError) as error:
@@ -61,31 +58,44 @@ def _look(name: str, cfg: StreamBuildConfig) -> Source:
     if name not in train:
         problem = train.missing[name]
         return Source(name, problem, "", "", None, {}, left_out, [], train.messages + others)
-    documents = _documents(name, cfg, found, {"train": train, "val": val})
+    _, info, recipe = train.built[name]
+    assert recipe is not None
+    counts = recipe.documents() if recipe.documents else (None, None)
     splits = {
-        split: _split(cfg, name, split, streams.describe_sources(sources)[name], documents)
-        for split, sources in (("train", train), ("val", val))
+        split: _split(cfg, name, split, sources.built[name].info, documents)
+        for split, sources, documents in zip(streams.SPLITS, (train, val), counts, strict=True)
         if name in sources
     }
-    info = streams.describe_sources(train)[name]
     return Source(
         name=name,
         problem=None,
         origin=info.origin,
         place=info.place,
-        files=_file_count(info.origin, found),
+        files=len(recipe.inputs["files"]) if "files" in recipe.inputs else None,
         splits=splits,
         left_out=left_out,
-        altered=altered(found),
+        altered=altered(notes),
         notes=train.messages + others,
     )
 
 
+def _look_among_notes(cfg: StreamBuildConfig) -> tuple[list[Path], list[LeftOut], list[str]]:
+    """Return the notes, what is left out, and a word on files of other suffixes."""
+    root = Path(streams.reading("roam", cfg).place)
+    if not root.exists():
+        return [], [], []
+    notes, skipped = scan_notes(root)
+    counts = other_files(root)
+    kinds = ", ".join(f"{n} {suffix}" for suffix, n in counts.most_common(8))
+    others = [f"roam: only *.md is read, not {kinds}"] if counts else []
+    return notes, [LeftOut(str(s.path), s.reason) for s in skipped], others
+
+
 def _split(
-    cfg: StreamBuildConfig, name: str, split: str, info: SourceInfo, documents: dict[str, int]
+    cfg: StreamBuildConfig, name: str, split: str, info: SourceInfo, documents: int | None
 ) -> Split:
     state = cache_state(cfg, name, split, info.sha256)
-    return Split(info.nbytes, info.sha256, documents.get(split), state)
+    return Split(info.nbytes, info.sha256, documents, state)
 
 
 def cache_state(cfg: StreamBuildConfig, name: str, split: str, sha256: str) -> str:
@@ -110,34 +120,3 @@ def altered(files: Sequence[Path]) -> list[LeftOut]:
 
 def _replaced(data: bytes) -> int:
     return data.decode(errors="replace").count("\ufffd") - data.count("\ufffd".encode())
-
-
-def _notes_of(name: str, cfg: StreamBuildConfig) -> tuple[list[Path], list[Any]]:
-    return (
-        scan_notes(cfg.roam_root) if name == "roam" and Path(cfg.roam_root).exists() else ([], [])
-    )
-
-
-def _others(cfg: StreamBuildConfig) -> list[str]:
-    """Say what else lies among the notes, so that nobody misses a text of another suffix."""
-    counts = other_files(cfg.roam_root)
-    kinds = ", ".join(f"{n} {suffix}" for suffix, n in counts.most_common(8))
-    return [f"roam: only *.md is read, not {kinds}"] if counts else []
-
-
-def _documents(
-    name: str, cfg: StreamBuildConfig, found: list[Path], sources: dict[str, streams.Sources]
-) -> dict[str, int]:
-    """Count the notes or dialogues of each split."""
-    if name == "roam":
-        root = Path(os.path.abspath(cfg.roam_root))
-        sides = split_roam_paths(found, val_frac=cfg.roam_val_frac, seed=cfg.seed, root=root)
-        return dict(zip(streams.SPLITS, map(len, sides), strict=True))
-    if name == "primer":
-        mark = cfg.delimiter.encode()
-        return {split: s[name].count(mark) + 1 for split, s in sources.items() if name in s}
-    return {}
-
-
-def _file_count(origin: str, found: list[Path]) -> int | None:
-    return {"notes": len(found), "folder": 2, "primer": 1}.get(origin)

@@ -181,7 +181,7 @@ def open_validation(
 
 
 def _check_lengths(text: Sources, T: int) -> None:
-    for name, (stream, info) in text.built.items():
+    for name, (stream, info, _) in text.built.items():
         if len(stream) <= T:
             raise ValueError(
                 f"{info.place or name}: {len(stream)} bytes, shorter than T+1={T + 1}, "

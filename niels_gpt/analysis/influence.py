@@ -17,7 +17,7 @@ from niels_gpt.eval import eval_batches
 from niels_gpt.loss import Batch, gradients, row_slopes
 from niels_gpt.optim.trees import Tree
 from niels_gpt.state import TrainState
-from niels_gpt.streams import StreamBuildConfig
+from niels_gpt.streams import StreamBuildConfig, reading
 
 BLOCK = 32  # pieces of documents that are padded to one tensor at a time
 
@@ -131,10 +131,9 @@ def training_notes(
     Raises:
         ValueError: if there are none of `min_bytes` or more.
     """
-    root = os.path.abspath(cfg.roam_root)
-    paths, _ = split_roam_paths(
-        list_roam_paths(root), val_frac=cfg.roam_val_frac, seed=seed, root=root
-    )
+    how = reading("roam", cfg)
+    root = os.path.abspath(how.place)
+    paths, _ = split_roam_paths(list_roam_paths(root), val_frac=how.val_frac, seed=seed, root=root)
     texts = [text.encode(errors="replace") for text in load_texts(paths)]
     found = [
         (os.path.relpath(path, root), text)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from niels_gpt.data.recipe import Reading, Recipe, Unavailable, join_documents, stamps
 from niels_gpt.data.split import split_by_key
 
 PathT = TypeVar("PathT", bound=str | Path)
@@ -22,6 +23,39 @@ class Skipped(NamedTuple):
 
     path: Path
     reason: str
+
+
+def recipes(how: Reading) -> list[Recipe]:
+    """Make each note below the folder a document."""
+    root = Path(os.path.abspath(how.place))
+    found, skipped = scan_notes(root)
+    if not found:
+        no_folder = "" if root.is_dir() else ", which is no folder"
+        raise Unavailable(f"no notes (*.md) under {root}{no_folder}")
+    sides = split_roam_paths(found, val_frac=how.val_frac, seed=how.seed, root=root)
+
+    def build() -> tuple[bytes, bytes]:
+        train, val = (join_documents(load_texts(side), sep=how.separator) for side in sides)
+        return train, val
+
+    lost = [s for s in skipped if s.reason not in SKIPPED_BY_DESIGN]
+    return [
+        Recipe(
+            origin="notes",
+            place=str(root),
+            inputs={
+                "files": stamps(found),
+                "sep": how.separator,
+                "seed": how.seed,
+                "val_frac": how.val_frac,
+            },
+            build=build,
+            documents=lambda: (len(sides[0]), len(sides[1])),
+            messages=[f"{len(lost)} left out, the first {lost[0].path}: {lost[0].reason}"]
+            if lost
+            else [],
+        )
+    ]
 
 
 def list_roam_paths(root: str | Path) -> list[Path]:

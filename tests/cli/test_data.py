@@ -14,6 +14,7 @@ from niels_gpt.analysis.data_report import altered
 from niels_gpt.cli import main
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.corpus import open_corpus
+from niels_gpt.data import wiki
 from niels_gpt.step import batch_of_step
 from niels_gpt.streams import StreamBuildConfig, build_sources, locate
 from niels_gpt.tokenizer import decode
@@ -171,7 +172,7 @@ def test_info_fetches_nothing(niels, root, monkeypatch):
 
     monkeypatch.setattr(streams, "load_wikitext", fetch)
     monkeypatch.setattr(
-        streams, "load_python_docs", lambda: {"train": ["text " * 100], "val": ["text " * 100]}
+        wiki, "load_python_docs", lambda: {"train": ["text " * 100], "val": ["text " * 100]}
     )
     found = info(niels)
     assert found["wiki"]["origin"].endswith("documentation")

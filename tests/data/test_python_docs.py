@@ -1,4 +1,4 @@
-"""The embedded default: read from files, the same each time, and English."""
+"""The fallback text: read from files, the same each time, and English."""
 
 import subprocess
 import sys

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from niels_gpt.data.sources import SOURCES
+
 PATH = click.Path(path_type=Path)
 CONFIG = click.Path()  # a str: a bare name means a config too; the type completes file names
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -39,22 +41,16 @@ def device_option(default: str | None = None) -> Option:
 
 
 def source_options(command: Command) -> Command:
-    """Add --wiki, --roam and --primer; the command gets those that are given as `places`."""
+    """Add an option for each source; the command gets those that are given as `places`."""
 
     @functools.wraps(command)
     def with_places(**given: Any) -> Any:
-        named = {name: given.pop(name) for name in _SOURCES}
+        named = {name: given.pop(name) for name in SOURCES}
         places: Places = {name: place for name, place in named.items() if place is not None}
         return command(places=places, **given)
 
     decorated: Command = with_places
-    for name, (metavar, text) in reversed(_SOURCES.items()):
-        decorated = click.option(f"--{name}", type=PATH, metavar=metavar, help=text)(decorated)
+    for name, source in reversed(SOURCES.items()):
+        option = click.option(f"--{name}", type=PATH, metavar=source.metavar, help=source.help)
+        decorated = option(decorated)
     return decorated
-
-
-_SOURCES = {
-    "wiki": ("DIR", "Folder with train.txt and val.txt."),
-    "roam": ("DIR", "Folder of markdown notes."),
-    "primer": ("FILE", "Chat primer."),
-}

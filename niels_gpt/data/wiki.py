@@ -1,0 +1,71 @@
+"""The wiki text: a folder's, else WikiText-103, else the fallback text."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from niels_gpt import paths
+from niels_gpt.data.python_docs import load_python_docs, python_docs_origin
+from niels_gpt.data.recipe import (
+    Documents,
+    Reading,
+    Recipe,
+    Unavailable,
+    join_documents,
+    stamps,
+)
+
+FILE_NAMES = (("train.txt", "val.txt"), ("wiki.train.raw", "wiki.valid.raw"))
+WIKITEXT = "WikiText-103"
+
+
+def recipes(how: Reading) -> list[Recipe]:
+    """Return the folder given, or `data/wiki/` where it exists; else WikiText and the fallback."""
+    default = paths.REPO_ROOT / "data" / "wiki"
+    folder = how.place or (default if default.is_dir() else None)
+    if folder is not None:
+        return [_folder_recipe(Path(os.path.abspath(folder)))]
+    fallback = _docs_recipe(python_docs_origin(), how.separator, load_python_docs)
+    fallbacks = [fallback._replace(spares=WIKITEXT)] if how.fallback else []
+    return [wikitext_recipe(how), *fallbacks]
+
+
+def wikitext_recipe(how: Reading) -> Recipe:
+    """Take WikiText-103 by the loader given."""
+
+    def load() -> Documents:
+        if how.load_wikitext is None:
+            raise Unavailable(f"{WIKITEXT} is not in the cache; niels-gpt data fetch gets it")
+        try:
+            return how.load_wikitext()
+        except Exception as error:  # no package, no network, whatever the hub's client raises
+            raise Unavailable(" ".join(str(error).split())) from error
+
+    recipe = _docs_recipe(WIKITEXT, how.separator, load)
+    return recipe._replace(remedy="give --wiki DIR (with train.txt and val.txt)")
+
+
+def _folder_recipe(folder: Path) -> Recipe:
+    """Take the files' bytes as they are: each split is one document."""
+    for names in FILE_NAMES:
+        train, val = (folder / name for name in names)
+        if train.is_file() and val.is_file():
+            break
+    else:
+        wanted = ", nor ".join(" and ".join(names) for names in FILE_NAMES)
+        raise Unavailable(f"the folder {folder} does not have {wanted}")
+    return Recipe(
+        origin="folder",
+        place=str(folder),
+        inputs={"files": stamps([train, val])},
+        build=lambda: (train.read_bytes(), val.read_bytes()),
+        spares=WIKITEXT,
+    )
+
+
+def _docs_recipe(origin: str, sep: str, load: Callable[[], Documents]) -> Recipe:
+    def build() -> tuple[bytes, bytes]:
+        docs = load()
+        return join_documents(docs["train"], sep=sep), join_documents(docs["val"], sep=sep)
+
+    return Recipe(origin, "", {"sep": sep}, build)
