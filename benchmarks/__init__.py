@@ -1,1 +1,1 @@
-"""What the trainer costs, measured against a plain loop and against the machine's own limit."""
+"""The cost of the trainer, compared with a plain loop and with the machine's limit."""

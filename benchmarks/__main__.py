@@ -15,11 +15,11 @@ from niels_gpt.device import keep_freed_memory
 
 @click.command()
 @click.option("--only", multiple=True, type=click.Choice(list(ROWS)), help="Repeatable.")
-@click.option("--quick", is_flag=True, help="Few rounds: a glance, not a measurement.")
+@click.option("--quick", is_flag=True, help="Few rounds: a rough check, not a measurement.")
 @click.option("--threads", type=click.IntRange(1), help="Default: torch's own choice.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
 def main(only: tuple[str, ...], quick: bool, threads: int | None, json_path: Path | None) -> None:
-    """Print figure, bar and whether it is met; about 20 minutes on two cores."""
+    """Print each figure and whether it meets its target; about 20 minutes on two cores."""
     if threads:
         torch.set_num_threads(threads)
     effort = Effort(rounds=3, warmup=1) if quick else Effort(rounds=10, warmup=2)

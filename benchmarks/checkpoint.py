@@ -1,4 +1,4 @@
-"""A durable, verified save and load of the default model beside bare torch.save and torch.load.
+"""A durable, verified save and load of the default model against bare torch.save and torch.load.
 
 python -m benchmarks.checkpoint --threads 1
 """
@@ -35,7 +35,7 @@ def make_sides(folder: Path) -> dict[str, Callable[[], object]]:
 def median_milliseconds(
     sides: dict[str, Callable[[], object]], rounds: int
 ) -> dict[str, tuple[float, float]]:
-    """Time the sides in turn, by the clock on the wall and by the processor's."""
+    """Time the sides alternately, in wall time and in CPU time."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
@@ -60,7 +60,7 @@ def main(rounds: int, threads: int | None, folder: Path | None) -> None:
         figures = median_milliseconds(make_sides(Path(name)), rounds)
         size = (Path(name) / "ours.pt").stat().st_size
     click.echo(f"{describe_machine()}")
-    click.echo(f"{size / 1e6:.1f} MB; milliseconds by the wall and by the processor:")
+    click.echo(f"{size / 1e6:.1f} MB; milliseconds of wall time and CPU time:")
     for side, (wall, processor) in figures.items():
         click.echo(f"{side:<12}{wall:8.1f}{processor:8.1f}")
 

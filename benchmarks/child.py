@@ -1,4 +1,4 @@
-"""Measurements that need a process of their own. Each prints one JSON object.
+"""Measurements that need their own process. Each prints one JSON object.
 
 python -m benchmarks.child memory niels_gpt --steps 10
 python -m benchmarks.child loop --steps 20
@@ -59,7 +59,7 @@ def memory(side: str, config: Path, steps: int, compiled: bool) -> None:
 @click.option("--config", required=True)
 @click.option("--steps", type=click.IntRange(2), default=20)
 def loop(config: str, steps: int) -> None:
-    """What the loop adds between steps, as a share of the steps' own time."""
+    """Time that the loop adds between steps, relative to the steps themselves."""
     calls: list[tuple[float, float]] = []
 
     def timed_step(*args: Any) -> Any:
@@ -91,7 +91,7 @@ def _page_faults() -> int:
 
 
 def _peak_bytes() -> int:
-    """Peak resident size. Linux's ru_maxrss is no use here: a child inherits its parent's."""
+    """Peak resident size. Not ru_maxrss: on Linux a child inherits its parent's."""
     status = Path("/proc/self/status")
     if status.exists():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())

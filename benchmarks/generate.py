@@ -1,4 +1,4 @@
-"""Generation with a cache beside reading the window anew for every byte, in turn.
+"""Generation with a cache against recomputing the window for every byte.
 
 Past the first T bytes, where every T / 2 bytes the window slides; that is counted in.
 
@@ -67,11 +67,11 @@ SIDES = {
 @click.command()
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option(
-    "-n", "n", type=click.IntRange(1), default=128, show_default=True, help="Bytes a round."
+    "-n", "n", type=click.IntRange(1), default=128, show_default=True, help="Bytes per round."
 )
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Default: torch's own choice.")
-@click.option("--cpu-time", is_flag=True, help="Count processor seconds: for a busy machine.")
+@click.option("--cpu-time", is_flag=True, help="Measure CPU time: for a busy machine.")
 def main(rounds: int, n: int, batch: int, threads: int | None, cpu_time: bool) -> None:
     """Print bytes per second past T bytes with the default model, and the ratios."""
     if threads:

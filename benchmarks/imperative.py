@@ -1,6 +1,6 @@
-"""The yardstick: the same model and update as a plain, idiomatic PyTorch loop.
+"""The reference: the same model and update as a plain, idiomatic PyTorch loop.
 
-It shares nothing with the trainer but the config, and is meant to be as fast as such a loop gets
+It shares only the config with the trainer, and is meant to be as fast as such a loop gets
 without tricks: fused attention and optimizer, precomputed rotary tables, no extra copies. Parameter
 names are those of `niels_gpt.model.GPT`, so weights can be copied across with `load_state_dict`.
 

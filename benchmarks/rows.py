@@ -1,4 +1,4 @@
-"""The rows of the performance table: one function a figure, each a ratio measured in one run."""
+"""The rows of the performance table: one function per figure, each measured in one run."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ LARGE = ModelConfig(L=8, H=8, C=512, T=512, d_ff=2048)
 
 
 class Figure(NamedTuple):
-    """One measured figure beside its bar."""
+    """One measured figure with its bar, the target."""
 
     name: str
     value: float
     bar: float
     at_least: bool  # else the bar is an upper limit
-    detail: dict[str, float]  # what the value was made of: seconds, bytes, GFLOP/s
+    detail: dict[str, float]  # the underlying seconds, bytes, GFLOP/s
 
     @property
     def met(self) -> bool:
@@ -83,7 +83,7 @@ def large_model(effort: Effort) -> list[Figure]:
 
 
 def dropout_cost(effort: Effort) -> list[Figure]:
-    """Time that dropout 0.1 adds to the same step without it, as a share of the latter."""
+    """Time that dropout 0.1 adds to a step, relative to the step without it."""
     cfg = TrainConfig()
     models = {"with": DEFAULT, "without": replace(DEFAULT, dropout=0.0)}
     figures = []
@@ -97,7 +97,7 @@ def dropout_cost(effort: Effort) -> list[Figure]:
 
 
 def memory(effort: Effort) -> list[Figure]:
-    """Peak resident size against the plain loop's, and page faults per step."""
+    """Peak resident size relative to the plain loop's, and page faults per step."""
     config = str(CONFIG_DIR / "smoke.json")
     measured = {
         side: _child("memory", side, "--config", config, "--steps", str(effort.rounds))
@@ -113,7 +113,7 @@ def memory(effort: Effort) -> list[Figure]:
 
 
 def loop_overhead(effort: Effort) -> list[Figure]:
-    """What the command adds between steps (batch, lr, guard, logging), against the steps."""
+    """Time that the command adds between steps (batch, lr, checks, logging), relative to them."""
     config = str(CONFIG_DIR / "smoke.json")
     values = _child("loop", "--config", config, "--steps", str(effort.rounds))
     return [Figure("loop overhead", values["overhead"], 0.01, False, values)]
@@ -173,7 +173,7 @@ def _compare(
     bar: float,
     floor_bar: float = 0.0,
 ) -> list[Figure]:
-    """Time both sides in turn: their ratio, and our share of the floor."""
+    """Time both sides alternately: their ratio, and our share of the floor."""
     compiled = mode.startswith("compiled")
     sides: dict[str, Side] = {
         name: make_side(name, model_cfg, cfg, compiled=compiled) for name in SIDES

@@ -1,8 +1,8 @@
-"""Tell whether two checkouts train to the same bytes: `python -m benchmarks.same_run OTHER`.
+"""Check whether two checkouts train to the same bytes: `python -m benchmarks.same_run OTHER`.
 
-Each of a few short runs is made by both, from its own cold cache of text: with dropout, killed and
-resumed, of the default model, compiled. Every checkpoint has to be equal byte for byte, and
-`metrics.jsonl` but for its clock fields. Then this checkout resumes a checkpoint of the other.
+Both make the same few short runs, each from its own cold cache of text: with dropout, killed and
+resumed, with the default model, compiled. Every checkpoint must be equal byte for byte, as must
+`metrics.jsonl` except for its clock fields. Then this checkout resumes a checkpoint of the other.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ def run(checkout: Path, words: Sequence[str], out: Path, *, kill: bool = False) 
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
-    """Return a digest of each file of a run, clock fields aside."""
+    """Return a digest of each file of a run, without clock fields."""
     found = {}
     for path in sorted([*folder.glob("*.pt"), folder / "metrics.jsonl"]):
         data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""The sides of a comparison: callables that advance a run of their own by one step."""
+"""The sides of a comparison: callables that each advance their own run by one step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep under vmap beside the same models one by one, in one process and in turn.
+"""A sweep under vmap against the same models one by one, alternating in one process.
 
 python -m benchmarks.sweep --threads 1     # about 3 minutes
 """
@@ -27,9 +27,9 @@ TEXT = Corpus({"wiki": STREAM}, {"wiki": STREAM}, {"wiki": 1.0}, seed=42, B=16, 
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Default: torch's own choice.")
 @click.option("--dropout", type=float, default=0.0, show_default=True)
-@click.option("--cpu-time", is_flag=True, help="The processor's time: for a busy machine.")
+@click.option("--cpu-time", is_flag=True, help="Measure CPU time: for a busy machine.")
 def main(rounds: int, threads: int | None, dropout: float, cpu_time: bool) -> None:
-    """Print the time of a step of all models together over that of the models one by one."""
+    """Print the time of a step of all models together, relative to the models one by one."""
     if threads:
         torch.set_num_threads(threads)
     keep_freed_memory()
@@ -47,7 +47,7 @@ def main(rounds: int, threads: int | None, dropout: float, cpu_time: bool) -> No
 
 
 def table(ratios: Mapping[tuple[int, int], float]) -> list[str]:
-    """Lay out the ratios of (C, members) in Markdown, a row for each C."""
+    """Format the ratios of (C, members) as a Markdown table, one row per C."""
     head = ["C", *(f"{members} models" for members in MEMBERS)]
     rows = [[str(C), *(f"{ratios[C, members]:.2f}" for members in MEMBERS)] for C in WIDTHS]
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]

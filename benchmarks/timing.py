@@ -1,4 +1,4 @@
-"""Timing in turn, and what the machine can do."""
+"""Alternating timings, and the speed of the machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def median_seconds(
     warmup: int = 2,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Time the sides in turn, round by round, so that drift of the machine hits all alike."""
+    """Time the sides alternately, so that drift of the machine affects all equally."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(warmup + rounds):
         for name, side in sides.items():

@@ -1,4 +1,4 @@
-"""Our training step beside the plain loop, in one process and in turn.
+"""Our training step against the plain loop, alternating in one process.
 
 python -m benchmarks.train_step --config configs/smoke.json
 """

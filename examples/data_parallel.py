@@ -1,9 +1,9 @@
-"""Train on several processes or machines: the same step, with other gradients.
+"""Train on several processes or machines: the same step with different gradients.
 
     torchrun --nproc-per-node 2 examples/data_parallel.py --config quick --out checkpoints/two
 
-Each rank computes the gradient of its rows of batch k; their mean is that of the whole, to
-rounding. The files are those of `niels-gpt train`: each resumes what the other saved.
+Each rank computes the gradient of its rows of batch k; their mean is that of the whole batch, up
+to rounding. The files are those of `niels-gpt train`: each can resume the other's checkpoints.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from niels_gpt.step import train_step
 def parallel_gradients(
     params: Tree, batch: Batch, cfg: ModelConfig, drop: Tensor | None
 ) -> tuple[Tree, Tensor]:
-    """Compute what `gradients` does, of which this rank does its share of the rows."""
+    """Compute `gradients`, each rank processing its share of the rows."""
     rows = torch.arange(len(batch[0])).chunk(dist.get_world_size())[dist.get_rank()]
     own = batch[0][rows], batch[1][rows]
     grads, loss = gradients(params, own, cfg, None if drop is None else drop[rows])
@@ -62,7 +62,7 @@ def main(**given: Any) -> None:
     of_all = torch.tensor(list(same))
     dist.all_reduce(of_all, dist.ReduceOp.MAX)
     if bytes(of_all.tolist()) != same or configs[1].B % dist.get_world_size():
-        raise click.ClickException("all ranks need the same config and text, and must divide B")
+        raise click.ClickException("ranks need equal configs and text, and a number that divides B")
     durable.make_folder(plan.out)
     folder, step = Folder(plan, console), partial(train_step, gradients=parallel_gradients)
     ports = session.ports_of(
@@ -70,7 +70,7 @@ def main(**given: Any) -> None:
     )
     if dist.get_rank() == 0:
         progress.say_opening(plan, console)
-    else:  # the first rank alone speaks and saves
+    else:  # only the first rank prints and saves
         sys.stdout = io.StringIO()
         ports = replace(ports, save=lambda *_: True)
     with exit_on_failure(1):

@@ -1,4 +1,4 @@
-"""Load what `niels-gpt checkpoint export` wrote: plain torch and safetensors, no niels_gpt.
+"""Load a `niels-gpt checkpoint export` with plain torch and safetensors, without niels_gpt.
 
 Example: python examples/load_export.py model.safetensors "The river "
 """
