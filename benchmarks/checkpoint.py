@@ -16,17 +16,18 @@ import torch
 
 from benchmarks.timing import describe_machine
 from niels_gpt import ModelConfig, TrainConfig, make_state
-from niels_gpt.checkpoint import load_checkpoint, state_payload, write_checkpoint
+from niels_gpt.checkpoint import checkpoint_of, open_checkpoint, payload_of, write_checkpoint
 
 
 def make_sides(folder: Path) -> dict[str, Callable[[], object]]:
     """Return the four things to time, on a state of the default model after one update."""
     state = make_state(ModelConfig(), TrainConfig())
-    payload = state_payload(state._replace(step=1), best_val_loss=None)
+    checkpoint = checkpoint_of(state._replace(step=1))
+    payload = payload_of(checkpoint)
     ours, bare = folder / "ours.pt", folder / "bare.pt"
     return {
-        "save": lambda: write_checkpoint([ours], payload),
-        "load": lambda: load_checkpoint(ours, device="cpu"),
+        "save": lambda: write_checkpoint([ours], checkpoint),
+        "load": lambda: open_checkpoint(ours),
         "torch.save": lambda: torch.save(payload, bare),
         "torch.load": lambda: torch.load(bare, weights_only=True),
     }

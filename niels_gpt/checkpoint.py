@@ -1,52 +1,343 @@
-"""Checkpoint files: written whole or not at all, verified before any tensor is used.
+"""Checkpoints: a value, and files that are written whole or not at all and verified before use.
 
-A checkpoint is pr-06's plain dict through `torch.save`::
+A file is pr-06's plain dict through `torch.save`::
 
     model_cfg, train_cfg   plain JSON-like dicts
     model_state            GPT.state_dict(); "lm_head.weight" shares the storage of "tok_emb.weight"
     optimizer_state        state_dict() of the torch.optim optimizer, or None
     step                   finished updates
     best_val_loss          nats, or None
-    ...                    whatever else the writer wants to keep, plain values
+    scores                 the other evaluations: best_step, val_loss, val_step
+    sources                split -> source -> origin, bytes, sha256 of the text
+    environment            what else can change bits
     digest                 SHA-256 of all of the above
 
 It holds no clock, path or process id: the same content is the same bytes. Files of a plain loop
-(that dict through `torch.save`, any optimizer of torch.optim, no digest) load as well.
+load as well: the first six keys, any optimizer of torch.optim, any train_cfg, no digest.
 """
 
-import io
+import contextlib
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from niels_gpt.config import ModelConfig, TrainConfig, config_from_dict, to_dict
-from niels_gpt.files import durable
-from niels_gpt.files.schema import (
-    KEYS,
-    MODEL_FIELDS,
-    Payload,
-    canonical_payload,
-    check_payload,
-    content_digest,
-    names_by_id,
-    parameter_shapes,
-)
-from niels_gpt.files.torchfile import CheckpointError, read_torch_file
+from niels_gpt.eval import Scores
+from niels_gpt.files.names import checkpoints_in, step_of_name
+from niels_gpt.files.payload import file_size, read_payload, write_payload
+from niels_gpt.files.schema import MODEL_FIELDS, Payload, names_by_id, parameter_shapes
+from niels_gpt.files.torchfile import CheckpointError, show
 from niels_gpt.model.gpt import GPT
 from niels_gpt.optim import OptState, from_entries, optimizer_of, to_entries
-from niels_gpt.optim.trees import map_tensors
+from niels_gpt.optim.trees import Tree, map_tensors
 from niels_gpt.state import TrainState
 
-METRICS = "metrics.jsonl"
-_CHECKPOINT = re.compile(r"latest\.pt|best\.pt|step_([0-9]{7,})\.pt")
+SourceRecords = dict[str, dict[str, dict[str, Any]]]  # split -> source -> origin, bytes, sha256
 
 
-# --- writing -----------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A point of a run, and what else it takes to go on from there exactly.
+
+    The configs are those of the file: of another program, `train_cfg` may be anything.
+    """
+
+    model_cfg: dict[str, Any]
+    train_cfg: dict[str, Any]
+    params: Tree  # as in `TrainState`
+    optimizer_state: dict[str, Any] | None  # the state_dict of a torch.optim optimizer
+    step: int  # finished updates
+    scores: Scores
+    sources: SourceRecords | None  # what it was trained on; None where the file does not say
+    environment: dict[str, Any]  # what else can change bits
+    digest: str | None = None  # of its file; None in a file of another program
+    path: Path = Path()  # where it was read from
+
+    @cached_property
+    def cfg(self) -> ModelConfig:
+        """Return the shape of the model."""
+        return ModelConfig(**self.model_cfg)
+
+    @cached_property
+    def configs(self) -> tuple[ModelConfig, TrainConfig]:
+        """Return its own configs.
+
+        Raises:
+            ValueError: if they are not those of this program.
+        """
+        sections = {"model": self.model_cfg, "train": self.train_cfg}
+        return config_from_dict(sections, where=f"the configs in {self.path}")
+
+    @cached_property
+    def state(self) -> TrainState:
+        """Return the state, to be continued under its own configs.
+
+        Raises:
+            ValueError: as `configs` and `state_under`.
+        """
+        return self.state_under(*self.configs)
+
+    def state_under(self, model_cfg: ModelConfig, train_cfg: TrainConfig) -> TrainState:
+        """Return the state, to be continued under these configs.
+
+        Without an optimizer state the optimizer starts from zero; `messages` says so.
+
+        Raises:
+            ValueError: with a line per field, if the model is not of this shape.
+            CheckpointError: if the optimizer state is not that of the config's optimizer.
+        """
+        validate_model_config_match(self.model_cfg, model_cfg)
+        initial = optimizer_of(train_cfg).init(self.params)
+        opt_state = _opt_state(self.optimizer_state, [*self.params], initial)
+        return TrainState(self.params, opt_state, self.step, model_cfg, train_cfg)
+
+    @property
+    def messages(self) -> list[str]:
+        """Say what a resume from here cannot carry on exactly, a line each."""
+        messages = []
+        if self.digest is None:
+            messages.append(
+                "the checkpoint was written by another program: the resume is not bit-exact"
+            )
+        if self.optimizer_state is None:
+            return [*messages, "the checkpoint has no optimizer state: it starts from zero"]
+        entries = self.optimizer_state["state"].values()
+        counts = {float(entry["step"]) for entry in entries if "step" in entry}
+        if counts - {torch.tensor(self.step, dtype=torch.float32).item()}:
+            messages.append(
+                f"the checkpoint's step is {self.step}, its optimizer counted"
+                f" {', '.join(f'{count:g}' for count in sorted(counts))} updates; the step is used"
+            )
+        return messages
+
+
+def checkpoint_of(
+    state: TrainState,
+    scores: Scores | None = None,
+    sources: SourceRecords | None = None,
+    environment: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Return the checkpoint of a state."""
+    return Checkpoint(
+        to_dict(state.model_cfg),
+        to_dict(state.train_cfg),
+        state.params,
+        _optimizer_state(state),
+        state.step,
+        scores or Scores(),
+        sources,
+        dict(environment or {}),
+    )
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def write_checkpoint(paths: Sequence[str | os.PathLike[str]], checkpoint: Checkpoint) -> str:
+    """Write a checkpoint under each name in turn, durably, and return its digest.
+
+    Raises:
+        CheckpointError: if a value cannot be stored, or is not finite.
+        OSError: if a file cannot be written; that name and those after it keep what they held.
+    """
+    return write_payload(paths, payload_of(checkpoint))
+
+
+def checkpoint_size(checkpoint: Checkpoint) -> int:
+    """Return how many bytes the file of a checkpoint has."""
+    return file_size(payload_of(checkpoint))
+
+
+def open_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Checkpoint:
+    """Read a checkpoint and verify it; its parameters go to `device`, all else stays on the CPU.
+
+    Nothing in the file is executed. Checked, in this order, before any tensor is used: the kind
+    and size of the file, the zip directory, every CRC, the instructions of the pickle, then all
+    keys, types, dtypes, shapes, strides and storages, that all is finite, and the digest where
+    there is one.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is not a good checkpoint, naming the first difference and, where the
+            folder has one, a good checkpoint to use instead.
+    """
+    with _hinting(Path(path)):
+        return _opened(Path(path), device)
+
+
+def newest_good(
+    folder: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+    """Return the good checkpoint of the folder with the most steps, and those that were skipped.
+
+    Of equals `latest.pt` comes first. A `step_*.pt` whose name promises no more than a good one
+    already found is not read.
+    """
+    found: Checkpoint | None = None
+    skipped = []
+    for path in checkpoints_in(Path(folder)):
+        promised = step_of_name(path.name)
+        if found is not None and promised is not None and promised <= found.step:
+            continue
+        try:
+            checkpoint = _opened(path, device)
+        except (CheckpointError, FileNotFoundError) as error:
+            skipped.append((path, str(error)))
+            continue
+        if found is None or checkpoint.step > found.step:
+            found = checkpoint
+    return found, skipped
+
+
+def _opened(path: Path, device: str | torch.device) -> Checkpoint:
+    return parse_payload(read_payload(path), path, device)
+
+
+def parse_payload(
+    payload: Payload, path: Path = Path(), device: str | torch.device = "cpu"
+) -> Checkpoint:
+    """Return the checkpoint that a checked payload is; inverse of `payload_of`.
+
+    Raises:
+        CheckpointError: if scores, sources or environment hold something else.
+    """
+    names = parameter_shapes(ModelConfig(**payload["model_cfg"]))
+    return Checkpoint(
+        payload["model_cfg"],
+        payload["train_cfg"],
+        {name: payload["model_state"][name].to(device) for name in names},
+        payload["optimizer_state"],
+        payload["step"],
+        _scores(payload),
+        _sources(payload),
+        _environment(payload),
+        payload.get("digest"),
+        path,
+    )
+
+
+def payload_of(checkpoint: Checkpoint) -> Payload:
+    """Return what the file holds; the last three keys if it was trained on known text."""
+    c = checkpoint
+    scores = c.scores._asdict()
+    six = {
+        "model_cfg": c.model_cfg,
+        "train_cfg": c.train_cfg,
+        "model_state": {**c.params, "lm_head.weight": c.params["tok_emb.weight"]},
+        "optimizer_state": c.optimizer_state,
+        "step": c.step,
+        "best_val_loss": scores.pop("best_val_loss"),
+    }
+    if c.sources is None:
+        return six
+    return {**six, "scores": scores, "sources": c.sources, "environment": c.environment}
+
+
+@contextlib.contextmanager
+def _hinting(path: Path) -> Iterator[None]:
+    """Add to an error the path, and what there is to use instead."""
+    try:
+        yield
+    except CheckpointError as error:
+        try:
+            found, _ = newest_good(path if path.is_dir() else path.parent)
+        except OSError:
+            found = None
+        hint = f"; the newest good checkpoint there is {found.path.name}" if found else ""
+        raise CheckpointError(f"{path}: {error}{hint}") from None
+
+
+# --- the optimizer, as torch.optim keeps it ------------------------------------------------------
+
+
+def _optimizer_state(state: TrainState) -> dict[str, Any]:
+    """As `to_modules(state)[1].state_dict()`, without copying a tensor."""
+    shapes, cfg = parameter_shapes(state.model_cfg), state.train_cfg
+    params = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    twin = optimizer_of(cfg).twin(params, lr=cfg.base_lr, weight_decay=cfg.weight_decay)
+    groups = twin.state_dict()["param_groups"]
+    entries = to_entries(state.opt_state, shapes, state.step)
+    ids = {name: i for i, name in names_by_id(groups, [*shapes]).items()}
+    return {
+        "state": {ids[name]: entry for name, entry in entries.items()},
+        "param_groups": groups,
+    }
+
+
+def _opt_state(
+    optimizer_state: Mapping[str, Any] | None, names: list[str], initial: OptState
+) -> OptState:
+    """Return what a state_dict holds, where there is one, on the device of the initial state."""
+    if optimizer_state is None or not optimizer_state["state"]:
+        return initial
+    ids = names_by_id(optimizer_state["param_groups"], names)
+    if len(ids) != len(names):
+        raise CheckpointError(
+            "the optimizer state has several parameter groups without names, so it is unknown"
+            " which parameter is which; to resume without it, set optimizer_state to None"
+        )
+    entries = {name: optimizer_state["state"].get(i, {}) for i, name in ids.items()}
+    try:
+        found = from_entries(entries, initial)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    return map_tensors(lambda zero, t: t.to(zero.device), initial, found)
+
+
+# --- the keys beside pr-06's six -----------------------------------------------------------------
+
+# A checkpoint of another program may lack them; one that holds something else under these names is
+# refused, since a resume would rely on it.
+
+_STREAM = {"origin": str, "bytes": int, "sha256": str}
+
+
+def _scores(payload: Payload) -> Scores:
+    kept = _table(payload, "scores")
+    for name, value in kept.items():
+        if value is not None and not isinstance(value, int | float):
+            raise CheckpointError(f"scores.{name} is {show(value)}, not a number")
+    names = ("best_step", "val_loss", "val_step")
+    return Scores(payload["best_val_loss"], *(kept.get(name) for name in names))
+
+
+def _sources(payload: Payload) -> SourceRecords | None:
+    if "sources" not in payload:
+        return None
+    kept = _table(payload, "sources")
+    for split in ("train", "val"):
+        streams = _table(kept, split)
+        for name in streams:
+            stream = _table(streams, name)
+            for key, kind in _STREAM.items():
+                if not isinstance(stream.get(key), kind):
+                    raise CheckpointError(
+                        f"sources.{split}.{name}.{key} is {show(stream.get(key))}"
+                    )
+    return {split: kept.get(split, {}) for split in ("train", "val")}
+
+
+def _environment(payload: Payload) -> dict[str, Any]:
+    kept = _table(payload, "environment")
+    threads = kept.get("threads", 1)
+    if not isinstance(threads, int) or not 1 <= threads <= 4096:
+        raise CheckpointError(f"environment.threads is {show(threads)}")
+    return kept
+
+
+def _table(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = values.get(key, {})
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{key} is {show(value)}, not a table")
+    return value
+
+
+# --- as pr-06 has it -----------------------------------------------------------------------------
 
 
 def save_checkpoint(
@@ -73,129 +364,20 @@ def save_checkpoint(
         "step": step,
         "best_val_loss": best_val_loss,
     }
-    write_checkpoint([path], payload)
-
-
-def write_checkpoint(paths: Sequence[str | os.PathLike[str]], payload: Mapping[str, Any]) -> str:
-    """Write one payload under each name in turn, durably, and return its digest.
-
-    What would not load again is not written: the payload passes the same checks as a loaded one.
-
-    Raises:
-        CheckpointError: if a value cannot be stored, or is not finite.
-        OSError: if a file cannot be written; that name and those after it keep what they held.
-    """
-    where = ", ".join(str(path) for path in paths)
-    try:
-        content = {key: value for key, value in payload.items() if key != "digest"}
-        content = check_payload(canonical_payload(content))
-    except CheckpointError as error:
-        raise CheckpointError(f"not saved to {where}: {error}") from None
-    digest = content_digest(content)
-    buffer = io.BytesIO()
-    torch.save({**content, "digest": digest}, buffer)
-    durable.write_durably([Path(path) for path in paths], buffer.getbuffer())
-    return digest
-
-
-def state_payload(
-    state: TrainState, *, best_val_loss: float | None, extra: Mapping[str, Any] | None = None
-) -> Payload:
-    """Return the dict that `write_checkpoint` takes; `extra` are more keys with plain values."""
-    taken = {*KEYS, "digest"} & set(extra or ())
-    if taken:
-        raise ValueError(f"extra must not hold {', '.join(sorted(taken))}")
-    return {
-        "model_cfg": to_dict(state.model_cfg),
-        "train_cfg": to_dict(state.train_cfg),
-        "model_state": {**state.params, "lm_head.weight": state.params["tok_emb.weight"]},
-        "optimizer_state": _optimizer_state(state),
-        "step": state.step,
-        "best_val_loss": best_val_loss,
-        **(extra or {}),
-    }
-
-
-def _optimizer_state(state: TrainState) -> dict[str, Any]:
-    """As `to_modules(state)[1].state_dict()`, without copying a tensor."""
-    shapes, cfg = parameter_shapes(state.model_cfg), state.train_cfg
-    params = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    twin = optimizer_of(cfg).twin(params, lr=cfg.base_lr, weight_decay=cfg.weight_decay)
-    groups = twin.state_dict()["param_groups"]
-    entries = to_entries(state.opt_state, shapes, state.step)
-    ids = {name: i for i, name in names_by_id(groups, [*shapes]).items()}
-    return {
-        "state": {ids[name]: entry for name, entry in entries.items()},
-        "param_groups": groups,
-    }
-
-
-# --- reading -----------------------------------------------------------------------------------
+    write_payload([path], payload)
 
 
 def load_checkpoint(path: str | os.PathLike[str], *, device: str | torch.device) -> Payload:
-    """Read a checkpoint, verify it, and put its tensors on `device`.
-
-    Nothing in the file is executed. Checked, in this order, before any tensor is used: the kind
-    and size of the file, the zip directory, every CRC, the instructions of the pickle, then all
-    keys, types, dtypes, shapes, strides and storages, that all is finite, and the digest where
-    there is one.
+    """Read a checkpoint as the dict that it is, verify it, and put its tensors on `device`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        CheckpointError: if it is not a good checkpoint, naming the first difference and, where the
-            folder has one, a good checkpoint to use instead.
+        FileNotFoundError, CheckpointError: as `open_checkpoint`.
     """
-    path = Path(path)
-    try:
-        payload = _read(path)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}{_hint(path)}") from None
-    return _on_device(payload, torch.device(device))
-
-
-def load_state(
-    path: str | os.PathLike[str], *, device: str | torch.device
-) -> tuple[TrainState, Payload]:
-    """Read a checkpoint as a state under its own configs; return that and all that it holds.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        CheckpointError: if it is not a good checkpoint.
-        ValueError: if its configs are not those of this program.
-    """
-    payload = load_checkpoint(path, device=device)
-    sections = {"model": payload["model_cfg"], "train": payload["train_cfg"]}
-    configs = config_from_dict(sections, where=f"the configs in {path}")
-    return state_from_payload(payload, *configs, device), payload
-
-
-def _read(path: Path) -> Payload:
-    payload = check_payload(read_torch_file(path))
-    if "digest" in payload and payload["digest"] != content_digest(payload):
-        raise CheckpointError("the content does not match its digest")
-    return payload
-
-
-def _on_device(payload: Payload, device: torch.device) -> Payload:
-    if device.type == "cpu":
-        return payload
-    moved: Payload = {key: _moved(value, device) for key, value in payload.items()}
+    with _hinting(Path(path)):
+        payload = read_payload(Path(path))
+    moved: Payload = map_tensors(lambda t: t.to(device), payload)
     moved["model_state"]["lm_head.weight"] = moved["model_state"]["tok_emb.weight"]
     return moved
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_moved(item, device) for item in value)
-    return value
-
-
-# --- resuming ----------------------------------------------------------------------------------
 
 
 def validate_model_config_match(
@@ -211,113 +393,3 @@ def validate_model_config_match(
     ]
     if lines:
         raise ValueError("\n".join(["the checkpoint's model differs from the config:", *lines]))
-
-
-def state_from_payload(
-    payload: Mapping[str, Any],
-    model_cfg: ModelConfig,
-    train_cfg: TrainConfig,
-    device: str | torch.device = "cpu",
-) -> TrainState:
-    """Return the state that a loaded checkpoint holds, to be continued under these configs.
-
-    Without an optimizer state the optimizer starts afresh; `resume_notes` says so.
-
-    Raises:
-        ValueError: with a line per field, if the checkpoint's model is not of this shape.
-        CheckpointError: if the optimizer state is not that of the config's optimizer.
-    """
-    validate_model_config_match(payload["model_cfg"], model_cfg)
-    shapes = parameter_shapes(model_cfg)
-    params = {name: payload["model_state"][name].to(device) for name in shapes}
-    initial = optimizer_of(train_cfg).init(params)
-    opt_state = _opt_state(payload["optimizer_state"], [*shapes], initial)
-    return TrainState(params, opt_state, payload["step"], model_cfg, train_cfg)
-
-
-def resume_notes(payload: Mapping[str, Any]) -> list[str]:
-    """Say what a resume from this checkpoint cannot carry on exactly, a line each."""
-    notes = []
-    if "digest" not in payload:
-        notes.append("the checkpoint was written by another program: the resume is not bit-exact")
-    optimizer_state = payload["optimizer_state"]
-    if optimizer_state is None:
-        notes.append("the checkpoint has no optimizer state: it starts from zero")
-        return notes
-    counts = {float(e["step"]) for e in optimizer_state["state"].values() if "step" in e}
-    if counts - {torch.tensor(payload["step"], dtype=torch.float32).item()}:
-        notes.append(
-            f"the checkpoint's step is {payload['step']}, its optimizer counted"
-            f" {', '.join(f'{count:g}' for count in sorted(counts))} updates; the step is used"
-        )
-    return notes
-
-
-def _opt_state(
-    optimizer_state: Mapping[str, Any] | None, names: list[str], initial: OptState
-) -> OptState:
-    """Return what a state_dict holds, where there is one, on the device of the initial state."""
-    if optimizer_state is None or not optimizer_state["state"]:
-        return initial
-    ids = names_by_id(optimizer_state["param_groups"], names)
-    if len(ids) != len(names):
-        raise CheckpointError(
-            "the optimizer state has several parameter groups without names, so that it"
-            " cannot be told which parameter is which; to resume without it, set it to None"
-        )
-    entries = {name: optimizer_state["state"].get(i, {}) for i, name in ids.items()}
-    try:
-        found = from_entries(entries, initial)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-    return map_tensors(lambda zero, t: t.to(zero.device), initial, found)
-
-
-# --- the output folder -------------------------------------------------------------------------
-
-
-def newest_good(folder: str | os.PathLike[str]) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Return the good checkpoint of the folder with the most steps, and those that were skipped.
-
-    Of equals `latest.pt` comes first. A `step_*.pt` whose name promises no more than a good one
-    already found is not read.
-    """
-    found: Path | None = None
-    most = -1
-    skipped = []
-    for path in _checkpoints(Path(folder)):
-        number = _CHECKPOINT.fullmatch(path.name)
-        if number and number[1] and int(number[1]) <= most:
-            continue
-        try:
-            step = _read(path)["step"]
-        except (CheckpointError, FileNotFoundError) as error:
-            skipped.append((path, str(error)))
-            continue
-        if step > most:
-            found, most = path, step
-    return found, skipped
-
-
-def own_files(folder: str | os.PathLike[str]) -> list[str]:
-    """Return the names in the folder that a run writes: its checkpoints and its metrics."""
-    folder = Path(folder)
-    metrics = [METRICS] if os.path.lexists(folder / METRICS) else []
-    return [path.name for path in _checkpoints(folder)] + metrics
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """latest.pt, the periodic ones from the newest on, best.pt."""
-    names = [name for name in os.listdir(folder) if _CHECKPOINT.fullmatch(name)]
-    order = {"latest.pt": (0, 0), "best.pt": (2, 0)}
-    return [
-        folder / name for name in sorted(names, key=lambda n: order.get(n) or (1, -int(n[5:-3])))
-    ]
-
-
-def _hint(path: Path) -> str:
-    try:
-        found, _ = newest_good(path if path.is_dir() else path.parent)
-    except OSError:
-        return ""
-    return f"; the newest good checkpoint there is {found.name}" if found else ""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,21 @@ from niels_gpt.loss import Batch, cross_entropy, forward, row_blocks
 from niels_gpt.model.gpt import GPT
 from niels_gpt.rng import make_generator
 from niels_gpt.state import TrainState
+
+
+class Scores(NamedTuple):
+    """The results of a run's evaluations, saved with the state in every checkpoint."""
+
+    best_val_loss: float | None = None  # nats
+    best_step: int | None = None
+    val_loss: float | None = None  # nats, of the last evaluation
+    val_step: int | None = None
+
+    def updated(self, step: int, val_loss: float) -> "Scores":
+        """Return the scores after an evaluation at `step`."""
+        if self.best_val_loss is None or val_loss < self.best_val_loss:
+            return Scores(val_loss, step, val_loss, step)
+        return self._replace(val_loss=val_loss, val_step=step)
 
 
 def evaluate(state: TrainState, stream: bytes, seed: int) -> float:

@@ -3,8 +3,9 @@
 import torch
 from hypothesis import strategies as st
 
-from niels_gpt.checkpoint import state_payload
+from niels_gpt.checkpoint import Checkpoint, checkpoint_of, payload_of
 from niels_gpt.config import ModelConfig, TrainConfig
+from niels_gpt.eval import Scores
 from niels_gpt.files.schema import Payload, parameter_shapes
 from niels_gpt.optim import optimizer_of
 from niels_gpt.optim.trees import map_tensors
@@ -35,8 +36,12 @@ def random_state(
 
 
 def random_payload(model_cfg: ModelConfig = TINY, *, step: int = 3, seed: int = 0) -> Payload:
-    """Return what `write_checkpoint` takes."""
-    return state_payload(random_state(model_cfg, step=step, seed=seed), best_val_loss=1.5)
+    """Return what `write_payload` takes."""
+    return payload_of(random_checkpoint(model_cfg, step=step, seed=seed))
+
+
+def random_checkpoint(model_cfg: ModelConfig = TINY, *, step: int = 3, seed: int = 0) -> Checkpoint:
+    return checkpoint_of(random_state(model_cfg, step=step, seed=seed), Scores(1.5))
 
 
 @st.composite

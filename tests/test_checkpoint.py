@@ -1,5 +1,6 @@
 """What is refused on the way out and on the way back, resuming, and the output folder."""
 
+import contextlib
 import errno
 import math
 import os
@@ -13,21 +14,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from niels_gpt.checkpoint import (
+    checkpoint_of,
+    checkpoint_size,
     load_checkpoint,
     newest_good,
-    own_files,
-    resume_notes,
+    open_checkpoint,
+    parse_payload,
+    payload_of,
     save_checkpoint,
-    state_from_payload,
-    state_payload,
     validate_model_config_match,
     write_checkpoint,
 )
 from niels_gpt.config import ModelConfig, TrainConfig, to_dict
+from niels_gpt.eval import Scores
+from niels_gpt.files.payload import write_payload
 from niels_gpt.files.schema import MODEL_FIELDS, check_payload, content_digest
 from niels_gpt.files.torchfile import CheckpointError
 from niels_gpt.model.gpt import GPT
-from tests.checkpoints import TINY, json_like, random_payload, random_state
+from tests.checkpoints import TINY, json_like, random_checkpoint, random_payload, random_state
 from tests.strategies import model_configs
 
 
@@ -69,7 +73,7 @@ TENSORS = [
 @pytest.mark.parametrize("path", TENSORS, ids=lambda path: path[-1])
 def test_a_tensor_that_is_not_finite_is_not_saved(tmp_path, path, value):
     file = tmp_path / "latest.pt"
-    write_checkpoint([file], random_payload())
+    write_payload([file], random_payload())
     before = file.read_bytes()
     payload = random_payload(step=4)
     tensor = payload
@@ -77,7 +81,7 @@ def test_a_tensor_that_is_not_finite_is_not_saved(tmp_path, path, value):
         tensor = tensor[key]
     tensor.view(-1)[-1] = value
     with pytest.raises(CheckpointError, match=f"{file}.*{path[-1]}.*not finite"):
-        write_checkpoint([file], payload)
+        write_payload([file], payload)
     assert file.read_bytes() == before
     assert os.listdir(tmp_path) == ["latest.pt"]
 
@@ -86,7 +90,7 @@ def test_a_tensor_that_is_not_finite_is_not_saved(tmp_path, path, value):
 def test_nan_never_becomes_the_best_loss(tmp_path, value):
     payload = replaced(random_payload(), "best_val_loss", by=value)
     with pytest.raises(CheckpointError, match="best_val_loss is"):
-        write_checkpoint([tmp_path / "best.pt"], payload)
+        write_payload([tmp_path / "best.pt"], payload)
     torch.save(payload, tmp_path / "best.pt")
     with pytest.raises(CheckpointError, match="best_val_loss is"):
         load_checkpoint(tmp_path / "best.pt", device="cpu")
@@ -111,7 +115,7 @@ def test_nan_never_becomes_the_best_loss(tmp_path, value):
 def test_what_cannot_be_read_back_is_not_written(tmp_path, value, message):
     payload = replaced(random_payload(), "train_cfg", by={"deep": {"list": [0, value]}})
     with pytest.raises(CheckpointError, match=message):
-        write_checkpoint([tmp_path / "a.pt"], payload)
+        write_payload([tmp_path / "a.pt"], payload)
     assert os.listdir(tmp_path) == []
 
 
@@ -119,7 +123,7 @@ def test_a_list_that_holds_itself_is_not_written(tmp_path):
     loop = []
     loop.append(loop)
     with pytest.raises(CheckpointError, match="nested deeper"):
-        write_checkpoint([tmp_path / "a.pt"], {**random_payload(), "extra": loop})
+        write_payload([tmp_path / "a.pt"], {**random_payload(), "extra": loop})
 
 
 def test_a_model_of_another_shape_than_its_config_is_not_saved(tmp_path):
@@ -143,7 +147,7 @@ def test_subclasses_of_plain_values_are_written_as_plain_values(tmp_path):
         __slots__ = ()
 
     train_cfg = OrderedDict(B=Size(3), name=Name("x"), lr=torch.tensor(0.5).item())
-    write_checkpoint([tmp_path / "a.pt"], {**random_payload(), "train_cfg": train_cfg})
+    write_payload([tmp_path / "a.pt"], {**random_payload(), "train_cfg": train_cfg})
     loaded = load_checkpoint(tmp_path / "a.pt", device="cpu")["train_cfg"]
     assert loaded == {"B": 3, "lr": 0.5, "name": "x"}
     assert {type(value) for value in loaded.values()} == {int, float, str}
@@ -156,8 +160,8 @@ def test_views_and_shared_tensors_are_written_compactly(tmp_path):
     extra["again"] = extra["view"]
     extra["grown"] = torch.zeros(3, requires_grad=True)
     small, whole = tmp_path / "small.pt", tmp_path / "whole.pt"
-    write_checkpoint([small], payload)
-    write_checkpoint([whole], {**payload, **extra})
+    write_payload([small], payload)
+    write_payload([whole], {**payload, **extra})
     loaded = load_checkpoint(whole, device="cpu")
     for name, tensor in extra.items():
         assert torch.equal(loaded[name], tensor)
@@ -166,22 +170,17 @@ def test_views_and_shared_tensors_are_written_compactly(tmp_path):
 
 def test_several_names_hold_the_same_bytes_and_a_failure_spares_the_later_ones(tmp_path):
     first, folder, last = tmp_path / "step_0000003.pt", tmp_path / "best.pt", tmp_path / "latest.pt"
-    write_checkpoint([first, last], random_payload())
+    write_payload([first, last], random_payload())
     assert first.read_bytes() == last.read_bytes()
     old = last.read_bytes()
     folder.mkdir()
     with pytest.raises(IsADirectoryError) as caught:
-        write_checkpoint([first, folder, last], random_payload(seed=5))
+        write_payload([first, folder, last], random_payload(seed=5))
     assert caught.value.errno == errno.EISDIR
     assert caught.value.filename == str(folder)
     assert first.read_bytes() != old
     assert last.read_bytes() == old
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "latest.pt", "step_0000003.pt"]
-
-
-def test_extra_must_not_take_the_place_of_a_key():
-    with pytest.raises(ValueError, match="digest, step"):
-        state_payload(random_state(), best_val_loss=None, extra={"step": 1, "digest": ""})
 
 
 # --- the way back ------------------------------------------------------------------------------
@@ -342,8 +341,9 @@ def test_a_mutated_payload_loads_or_is_refused_and_nothing_else(tmp_path, data):
     torch.save(mutated, tmp_path / "a.pt")
     try:
         loaded = load_checkpoint(tmp_path / "a.pt", device="cpu")
-        resume_notes(loaded)
-        state_from_payload(loaded, TINY, TrainConfig())
+        opened = open_checkpoint(tmp_path / "a.pt")
+        assert isinstance(opened.messages, list)
+        opened.state_under(TINY, TrainConfig())
     except ValueError:
         return
     assert content_digest(loaded) == content_digest({"best_val_loss": None, **mutated})
@@ -370,8 +370,8 @@ def _at(value, path):
 
 
 def test_the_error_names_a_good_checkpoint_to_use_instead(tmp_path):
-    write_checkpoint([tmp_path / "step_0000002.pt"], random_payload(step=2))
-    write_checkpoint([tmp_path / "step_0000001.pt"], random_payload(step=1))
+    write_payload([tmp_path / "step_0000002.pt"], random_payload(step=2))
+    write_payload([tmp_path / "step_0000001.pt"], random_payload(step=1))
     (tmp_path / "latest.pt").write_bytes(b"\0" * 500)
     with pytest.raises(CheckpointError, match=r"latest\.pt: .*good checkpoint .* step_0000002\.pt"):
         load_checkpoint(tmp_path / "latest.pt", device="cpu")
@@ -402,24 +402,24 @@ def test_a_field_that_the_checkpoint_lacks_is_a_difference():
 
 def test_a_resume_into_another_shape_shows_the_diff():
     with pytest.raises(ValueError, match="C: checkpoint 4, config 8"):
-        state_from_payload(GOOD, ModelConfig(**{**to_dict(TINY), "C": 8}), TrainConfig())
+        parse_payload(GOOD).state_under(ModelConfig(**{**to_dict(TINY), "C": 8}), TrainConfig())
 
 
 def test_a_resume_without_moments_starts_them_at_zero_and_says_so():
-    payload = replaced(with_digest(GOOD), "optimizer_state", by=None)
-    state = state_from_payload(payload, TINY, TrainConfig(B=5))
+    checkpoint = parse_payload(replaced(with_digest(GOOD), "optimizer_state", by=None))
+    state = checkpoint.state_under(TINY, TrainConfig(B=5))
     assert state.step == 3
     assert state.train_cfg.B == 5
     for tree in state.opt_state:
         assert all(not tree[name].any() for name in state.params)
-    assert [note for note in resume_notes(payload) if "from zero" in note]
+    assert [message for message in checkpoint.messages if "from zero" in message]
 
 
 def test_notes_are_silent_on_an_own_checkpoint_and_name_what_a_foreign_one_lacks():
-    assert resume_notes(with_digest(GOOD)) == []
-    assert "another program" in resume_notes(GOOD)[0]
+    assert parse_payload(with_digest(GOOD)).messages == []
+    assert "another program" in parse_payload(GOOD).messages[0]
     other = with_digest(replaced(GOOD, "step", by=7))
-    assert "step is 7, its optimizer counted 3 updates" in resume_notes(other)[0]
+    assert "step is 7, its optimizer counted 3 updates" in parse_payload(other).messages[0]
 
 
 def plain_payload(optimizer, model):
@@ -448,7 +448,7 @@ def test_moments_of_another_optimizer_are_refused():
     with pytest.raises(
         CheckpointError, match=r"from another optimizer: it has \['momentum_buffer'\] for tok_emb"
     ):
-        state_from_payload(plain_payload(optimizer, model), TINY, TrainConfig())
+        parse_payload(plain_payload(optimizer, model)).state_under(TINY, TrainConfig())
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -463,9 +463,9 @@ def test_several_parameter_groups_need_names(named):
     payload = plain_payload(optimizer, model)
     if not named:
         with pytest.raises(CheckpointError, match="several parameter groups without names"):
-            state_from_payload(payload, TINY, TrainConfig())
+            parse_payload(payload).state_under(TINY, TrainConfig())
         return
-    state = state_from_payload(payload, TINY, TrainConfig())
+    state = parse_payload(payload).state_under(TINY, TrainConfig())
     for name, p in model.named_parameters():
         assert torch.equal(state.opt_state.exp_avg[name], optimizer.state[p]["exp_avg"])
         assert torch.equal(state.opt_state.exp_avg_sq[name], optimizer.state[p]["exp_avg_sq"])
@@ -481,7 +481,7 @@ def put(folder, **steps):
         if step is None:
             path.write_bytes(b"damaged")
         else:
-            write_checkpoint([path], random_payload(step=step))
+            write_payload([path], random_payload(step=step))
 
 
 @pytest.mark.parametrize(
@@ -506,8 +506,8 @@ def put(folder, **steps):
 )
 def test_newest_good(tmp_path, files, found, skipped):
     put(tmp_path, **files)
-    path, reasons = newest_good(tmp_path)
-    assert path == (None if found is None else tmp_path / found)
+    checkpoint, reasons = newest_good(tmp_path)
+    assert (checkpoint and checkpoint.path) == (found and tmp_path / found)
     assert [skipped_path.name for skipped_path, _ in reasons] == skipped
     assert all(reason for _, reason in reasons)
 
@@ -515,12 +515,84 @@ def test_newest_good(tmp_path, files, found, skipped):
 def test_the_step_that_counts_is_the_one_inside_the_file(tmp_path):
     put(tmp_path, latest=5, step_0000009=9)
     shutil.copy(tmp_path / "latest.pt", tmp_path / "step_0000009.pt")
-    assert newest_good(tmp_path)[0] == tmp_path / "latest.pt"
+    assert newest_good(tmp_path)[0].path == tmp_path / "latest.pt"
 
 
-def test_own_files_are_the_names_of_the_contract(tmp_path):
-    own = {"latest.pt", "best.pt", "step_0000001.pt", "step_12345678.pt", "metrics.jsonl"}
-    for name in own | {"step_1.pt", "my.pt", "latest.pt.bak", "notes.md", "step_000000a.pt"}:
-        (tmp_path / name).write_bytes(b"")
-    assert set(own_files(tmp_path)) == own
-    assert own_files(tmp_path)[0] == "latest.pt"
+# --- the keys beside pr-06's six -----------------------------------------------------------------
+
+STREAM = {"origin": "notes", "bytes": 5, "sha256": "0" * 64}
+SOURCES = {"train": {"wiki": STREAM}, "val": {}}
+ENVIRONMENT = {"torch": "2", "threads": 3, "compile": False}
+
+optional_floats = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+optional_steps = st.none() | st.integers(0, 10**9)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(optional_floats, optional_steps, optional_floats, optional_steps)
+def test_what_was_kept_comes_back(tmp_path, best, best_step, val, val_step):
+    scores = Scores(best, best_step, val, val_step)
+    checkpoint = checkpoint_of(random_state(), scores, SOURCES, ENVIRONMENT)
+    digest = write_checkpoint([tmp_path / "a.pt"], checkpoint)
+    opened = open_checkpoint(tmp_path / "a.pt")
+    assert opened.scores == scores
+    assert opened.sources == SOURCES
+    assert opened.environment == ENVIRONMENT
+    assert (opened.digest, opened.path) == (digest, tmp_path / "a.pt")
+    assert write_checkpoint([tmp_path / "b.pt"], opened) == digest
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+def test_a_plain_loops_checkpoint_is_a_value_too(tmp_path):
+    """pr-06's keys through torch.save: another optimizer, and a train_cfg of its own."""
+    model, optimizer = stepped(lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9))
+    payload = {**plain_payload(optimizer, model), "train_cfg": {"my_lr": 0.1}}
+    torch.save(payload, tmp_path / "plain.pt")
+    opened = open_checkpoint(tmp_path / "plain.pt")
+    assert (opened.cfg, opened.train_cfg, opened.step) == (TINY, {"my_lr": 0.1}, 1)
+    assert (opened.scores, opened.sources, opened.environment) == (Scores(), None, {})
+    assert opened.digest is None
+    assert "another program" in opened.messages[0]
+    for name, p in model.named_parameters():
+        assert torch.equal(opened.params[name], p)
+    with pytest.raises(ValueError, match=r"configs in .*plain\.pt"):
+        _ = opened.state
+    assert payload_of(opened).keys() == payload.keys()
+
+
+@pytest.mark.parametrize(
+    ("extra", "where"),
+    [
+        ({"scores": "high"}, "scores"),
+        ({"scores": {"val_step": "x"}}, "scores.val_step"),
+        ({"sources": [1]}, "sources"),
+        ({"sources": {"train": 1}}, "train"),
+        ({"sources": {"val": {"wiki": None}}}, "wiki"),
+        ({"sources": {"val": {"wiki": {**STREAM, "bytes": "5"}}}}, "val.wiki.bytes"),
+        ({"environment": 1}, "environment"),
+        ({"environment": {"threads": 0}}, "threads"),
+        ({"environment": {"threads": "all"}}, "threads"),
+    ],
+)
+def test_something_else_under_these_names_is_refused_by_name(tmp_path, extra, where):
+    write_payload([tmp_path / "a.pt"], {**GOOD, **extra})
+    with pytest.raises(CheckpointError, match=where) as caught:
+        open_checkpoint(tmp_path / "a.pt")
+    assert str(caught.value).startswith(f"{tmp_path / 'a.pt'}: ")
+    assert newest_good(tmp_path)[0] is None
+    assert load_checkpoint(tmp_path / "a.pt", device="cpu")["step"] == 3  # a dict, as it is
+
+
+@given(plain, st.sampled_from(["scores", "sources", "environment"]))
+def test_nothing_plain_ends_in_another_error(value, key):
+    with contextlib.suppress(CheckpointError):
+        parse_payload({**GOOD, key: value})
+
+
+def test_the_size_of_a_file_is_known_before_it_is_written(tmp_path):
+    write_checkpoint([tmp_path / "a.pt"], random_checkpoint())
+    size = (tmp_path / "a.pt").stat().st_size
+    assert checkpoint_size(random_checkpoint()) == pytest.approx(size, rel=0.02)

@@ -12,13 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from niels_gpt.checkpoint import (
+    checkpoint_of,
     load_checkpoint,
+    open_checkpoint,
     save_checkpoint,
-    state_from_payload,
-    state_payload,
     write_checkpoint,
 )
 from niels_gpt.config import ModelConfig, TrainConfig, to_dict
+from niels_gpt.eval import Scores
+from niels_gpt.files.payload import write_payload
 from niels_gpt.files.schema import KEYS, content_digest, parameter_shapes
 from niels_gpt.model.gpt import GPT
 from niels_gpt.state import to_modules
@@ -101,11 +103,11 @@ def test_model_and_optimizer_survive_save_and_load(tmp_path):
 @given(state=states(), best=st.none() | st.floats(0, 10))
 def test_any_state_survives_bit_for_bit(tmp_path, state, best):
     path = tmp_path / "latest.pt"
-    write_checkpoint([path], state_payload(state, best_val_loss=best))
-    loaded = load_checkpoint(path, device="cpu")
-    assert loaded["best_val_loss"] == best
-    assert same_state(state, state_from_payload(loaded, state.model_cfg, state.train_cfg))
-    tied = loaded["model_state"]
+    write_checkpoint([path], checkpoint_of(state, Scores(best)))
+    opened = open_checkpoint(path)
+    assert opened.scores == Scores(best)
+    assert same_state(state, opened.state)
+    tied = load_checkpoint(path, device="cpu")["model_state"]
     assert tied["lm_head.weight"].data_ptr() == tied["tok_emb.weight"].data_ptr()
 
 
@@ -114,7 +116,7 @@ def test_any_json_value_survives_with_its_types(tmp_path, train_cfg, extra):
     path = tmp_path / "latest.pt"
     extra = {f"extra {key}": value for key, value in extra.items()}
     payload = {**random_payload(), "train_cfg": train_cfg, **extra}
-    digest = write_checkpoint([path], payload)
+    digest = write_payload([path], payload)
     loaded = load_checkpoint(path, device="cpu")
     assert loaded["digest"] == digest == content_digest(payload)
     for key in ("train_cfg", *extra):
@@ -130,8 +132,8 @@ def sort(value):
 @given(train_cfg=json_objects)
 def test_a_loaded_checkpoint_saves_to_the_same_bytes(tmp_path, train_cfg):
     first, second = tmp_path / "a.pt", tmp_path / "b.pt"
-    write_checkpoint([first], {**random_payload(), "train_cfg": train_cfg, "more": ["cpu"]})
-    write_checkpoint([second], load_checkpoint(first, device="cpu"))
+    write_payload([first], {**random_payload(), "train_cfg": train_cfg, "more": ["cpu"]})
+    write_payload([second], load_checkpoint(first, device="cpu"))
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -141,11 +143,11 @@ def test_bytes_depend_on_content_not_on_the_objects_that_hold_it(tmp_path):
 
     one, two = tmp_path / "one.pt", tmp_path / "two.pt"
     payload = random_payload()
-    write_checkpoint([one], {**payload, "train_cfg": {"a": "name", "b": "name", "c": "cpu"}})
+    write_payload([one], {**payload, "train_cfg": {"a": "name", "b": "name", "c": "cpu"}})
     train_cfg = {"c": fresh("cpu"), "b": fresh("name"), fresh("a"): fresh("name")}
     state = payload["model_state"]
     moved = {name: torch.cat([t, t])[: len(t)] for name, t in state.items()}  # views
-    write_checkpoint([two], {**payload, "train_cfg": train_cfg, "model_state": moved})
+    write_payload([two], {**payload, "train_cfg": train_cfg, "model_state": moved})
     assert one.read_bytes() == two.read_bytes()
 
 
@@ -163,16 +165,16 @@ def test_the_module_view_and_the_state_view_write_the_same_bytes(tmp_path, step)
         step=step,
         best_val_loss=None,
     )
-    write_checkpoint([b], state_payload(state, best_val_loss=None))
+    write_checkpoint([b], checkpoint_of(state))
     assert a.read_bytes() == b.read_bytes()
 
 
 PROGRAM = """
 import sys, torch
 from tests.checkpoints import random_payload
-from niels_gpt.checkpoint import write_checkpoint
+from niels_gpt.files.payload import write_payload
 torch.randn(3)
-write_checkpoint([sys.argv[1]], {**random_payload(), "sources": {"wiki": "a", "notes": "b"}})
+write_payload([sys.argv[1]], {**random_payload(), "sources": {"wiki": "a", "notes": "b"}})
 """
 
 
@@ -186,7 +188,7 @@ def test_another_process_with_another_hash_seed_writes_the_same_bytes(tmp_path):
         check=True,
     )
     sources = {"notes": "b", "wiki": "a"}
-    write_checkpoint([here], {**random_payload(), "sources": sources})
+    write_payload([here], {**random_payload(), "sources": sources})
     assert here.read_bytes() == there.read_bytes()
 
 
@@ -222,7 +224,7 @@ def test_a_plain_loop_with_any_optimizer_loads_and_saves(tmp_path, name):
     assert set(loaded) == set(KEYS)
     assert content_digest(loaded) == content_digest(payload)
     again = tmp_path / "again.pt"
-    assert write_checkpoint([again], loaded) == content_digest(payload)
+    assert write_payload([again], loaded) == content_digest(payload)
     new_model, new_optimizer = trained(TINY, type(optimizer), 0, **OPTIMIZERS[name])
     saved = load_checkpoint(again, device="cpu")
     new_model.load_state_dict(saved["model_state"])
@@ -249,13 +251,13 @@ def test_a_file_of_torch_save_to_a_name_loads_without_the_optional_keys(tmp_path
 
 def test_saving_and_loading_draw_no_random_numbers(tmp_path):
     before = torch.get_rng_state()
-    write_checkpoint([tmp_path / "a.pt"], random_payload())
+    write_payload([tmp_path / "a.pt"], random_payload())
     load_checkpoint(tmp_path / "a.pt", device="cpu")
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_tensors_land_on_the_device_with_the_tie_kept(tmp_path):
-    write_checkpoint([tmp_path / "a.pt"], random_payload())
+    write_payload([tmp_path / "a.pt"], random_payload())
     loaded = load_checkpoint(tmp_path / "a.pt", device="meta")
     assert {t.device.type for t in loaded["model_state"].values()} == {"meta"}
     moments = loaded["optimizer_state"]["state"][0]

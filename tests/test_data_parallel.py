@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from niels_gpt.analysis.replay import differences
-from niels_gpt.checkpoint import load_checkpoint, load_state, write_checkpoint
+from niels_gpt.checkpoint import load_checkpoint, open_checkpoint
+from niels_gpt.files.payload import write_payload
 from tests import ROOT
 
 EXAMPLE = ROOT / "examples" / "data_parallel.py"
@@ -63,7 +64,7 @@ def two(on_two, tmp_path_factory):
 
 
 def largest_difference(a, b):
-    a, b = (load_state(path, device="cpu")[0] for path in (a, b))
+    a, b = (open_checkpoint(path).state for path in (a, b))
     assert a.step == b.step
     return max([d.size for d in differences(a, b) if d.tensor.startswith("params")], default=0.0)
 
@@ -98,7 +99,7 @@ def test_two_processes_resume_what_one_saved(two, on_one, on_two, tmp_path):
 
 def test_the_text_is_named_and_what_is_saved_is_not_said_to_be_compiled(two, on_two, tmp_path):
     payload = load_checkpoint(two / "latest.pt", device="cpu")
-    write_checkpoint(
+    write_payload(
         [tmp_path / "latest.pt"],
         {**payload, "step": 9, "environment": {**payload["environment"], "compile": True}},
     )

@@ -12,9 +12,8 @@ import torch
 from click.testing import CliRunner
 
 from niels_gpt import ModelConfig, TrainConfig, streams, to_modules
-from niels_gpt.checkpoint import load_checkpoint
+from niels_gpt.checkpoint import load_checkpoint, open_checkpoint
 from niels_gpt.run.metrics import CLOCK_FIELDS
-from niels_gpt.run.plan import resume_state
 from niels_gpt.train import main
 from tests import ROOT, SHARED
 
@@ -108,15 +107,19 @@ def test_the_recorded_validation_loss_is_that_of_the_module_in_the_checkpoint(
     from niels_gpt.eval import eval_loss_on_stream
 
     train("--out", tmp_path / "out")
-    payload = load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")
-    cfg = TrainConfig(**payload["train_cfg"])
-    state, scores = resume_state(payload, ModelConfig(**payload["model_cfg"]), cfg, "cpu")
-    model, _ = to_modules(state)
+    checkpoint = open_checkpoint(tmp_path / "out" / "latest.pt")
+    model, _ = to_modules(checkpoint.state)
     stream = (texts / "wiki" / "val.txt").read_bytes()
     loss = eval_loss_on_stream(
-        model, stream=stream, B=4, T=16, device="cpu", eval_steps=2, seed=cfg.seed
+        model,
+        stream=stream,
+        B=4,
+        T=16,
+        device="cpu",
+        eval_steps=2,
+        seed=checkpoint.state.train_cfg.seed,
     )
-    assert loss == scores.val_loss
+    assert loss == checkpoint.scores.val_loss
 
 
 def test_same_config_same_bytes(train, tmp_path):

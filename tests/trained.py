@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from niels_gpt.checkpoint import state_payload, write_checkpoint
+from niels_gpt.checkpoint import checkpoint_of, write_checkpoint
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.state import TrainState, make_state
 
@@ -23,5 +23,5 @@ def lively_state(cfg: ModelConfig = SMALL, seed: int = 0) -> TrainState:
 
 
 def save_lively(path: Path, cfg: ModelConfig = SMALL) -> Path:
-    write_checkpoint([path], state_payload(lively_state(cfg), best_val_loss=None))
+    write_checkpoint([path], checkpoint_of(lively_state(cfg)))
     return path

@@ -5,12 +5,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from niels_gpt.checkpoint import load_checkpoint, own_files, resume_notes
-from niels_gpt.config import ModelConfig
-from niels_gpt.files.schema import Payload, parameter_shapes
+from niels_gpt.checkpoint import Checkpoint, open_checkpoint
+from niels_gpt.files import names
 from niels_gpt.files.torchfile import CheckpointError
 from niels_gpt.model.flops import parameter_count
-from niels_gpt.record import kept_environment, kept_scores, kept_sources
 
 MISSING = "(absent)"
 
@@ -21,21 +19,21 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, CheckpointError: as `load_checkpoint`.
     """
-    payload = load_checkpoint(path, device="cpu")
+    found = open_checkpoint(path)
     return {
         "path": str(path),
         "file_bytes": path.stat().st_size,
-        "digest": payload.get("digest"),
-        "step": payload["step"],
-        "best_val_loss": payload["best_val_loss"],
-        "parameters": parameter_count(ModelConfig(**payload["model_cfg"])),
-        "has_optimizer_state": payload["optimizer_state"] is not None,
-        "model_cfg": payload["model_cfg"],
-        "train_cfg": payload["train_cfg"],
-        "scores": kept_scores(payload)._asdict(),
-        "sources": kept_sources(payload) or {},
-        "environment": kept_environment(payload),
-        "notes": resume_notes(payload),
+        "digest": found.digest,
+        "step": found.step,
+        "best_val_loss": found.scores.best_val_loss,
+        "parameters": parameter_count(found.cfg),
+        "has_optimizer_state": found.optimizer_state is not None,
+        "model_cfg": found.model_cfg,
+        "train_cfg": found.train_cfg,
+        "scores": found.scores._asdict(),
+        "sources": found.sources or {},
+        "environment": found.environment,
+        "notes": found.messages,
     }
 
 
@@ -51,10 +49,10 @@ class Verdict(NamedTuple):
 def verify(path: Path) -> Verdict:
     """Read a file wholly and check all that `load_checkpoint` checks."""
     try:
-        payload = load_checkpoint(path, device="cpu")
+        found = open_checkpoint(path)
     except (CheckpointError, OSError) as error:
         return Verdict(path, str(error).removeprefix(f"{path}: "), None, None)
-    return Verdict(path, None, payload["step"], payload.get("digest"))
+    return Verdict(path, None, found.step, found.digest)
 
 
 def checkpoints_in(path: Path) -> list[Path]:
@@ -67,7 +65,7 @@ def checkpoints_in(path: Path) -> list[Path]:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if not path.is_dir():
         return [path]
-    found = [path / name for name in own_files(path) if name.endswith(".pt")]
+    found = names.checkpoints_in(path)
     if not found:
         raise FileNotFoundError(f"{path}: no checkpoints in this folder")
     return found
@@ -90,21 +88,12 @@ class Comparison(NamedTuple):
     unlike: list[str]  # parameters that only one of them has, or of different shape
 
 
-def compare(a: Path, b: Path) -> Comparison:
-    """Compare two checkpoints.
-
-    Raises:
-        FileNotFoundError, CheckpointError: as `load_checkpoint`.
-    """
-    return compare_payloads(load_checkpoint(a, device="cpu"), load_checkpoint(b, device="cpu"))
-
-
-def compare_payloads(a: Payload, b: Payload) -> Comparison:
-    """Compare what two checkpoints hold; the optimizer's moments aside."""
-    shapes, others = (parameter_shapes(ModelConfig(**p["model_cfg"])) for p in (a, b))
+def compare(a: Checkpoint, b: Checkpoint) -> Comparison:
+    """Compare two checkpoints, the optimizer's state aside."""
+    shapes, others = ({name: p.shape for name, p in c.params.items()} for c in (a, b))
     common = [name for name in shapes if shapes[name] == others.get(name)]
     unlike = [name for name in {**shapes, **others} if name not in common]
-    changes = [_change(name, a["model_state"][name], b["model_state"][name]) for name in common]
+    changes = [_change(name, a.params[name], b.params[name]) for name in common]
     moved = [change for change in changes if change.largest > 0]
     return Comparison(
         settings=[*_different_settings(a, b)],
@@ -120,16 +109,26 @@ def _change(name: str, a: Any, b: Any) -> Change:
     return Change(name, relative, (b - a).abs().max().item())
 
 
-_COMPARED = ("step", "best_val_loss", "scores", "model_cfg", "train_cfg", "sources", "environment")
-
-
-def _different_settings(a: Payload, b: Payload) -> Iterable[tuple[str, Any, Any]]:
-    one, other = ({key: p.get(key) for key in _COMPARED} for p in (a, b))
-    flat_one, flat_other = _flat(one), _flat(other)
-    for key in {**flat_one, **flat_other}:
-        values = flat_one.get(key, MISSING), flat_other.get(key, MISSING)
+def _different_settings(a: Checkpoint, b: Checkpoint) -> Iterable[tuple[str, Any, Any]]:
+    one, other = (_flat(_settings(c)) for c in (a, b))
+    for key in {**one, **other}:
+        values = one.get(key, MISSING), other.get(key, MISSING)
         if values[0] != values[1]:
             yield key, *values
+
+
+def _settings(c: Checkpoint) -> dict[str, Any]:
+    """Return all but the tensors, the best loss once, as a tree."""
+    scores = c.scores._asdict()
+    return {
+        "step": c.step,
+        "best_val_loss": scores.pop("best_val_loss"),
+        "scores": scores,
+        "model_cfg": c.model_cfg,
+        "train_cfg": c.train_cfg,
+        "sources": c.sources or {},
+        "environment": c.environment,
+    }
 
 
 def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,12 +14,11 @@ from niels_gpt.analysis.score import (
     sampled_windows,
     score,
 )
-from niels_gpt.config import TrainConfig, config_from_dict
+from niels_gpt.checkpoint import Checkpoint, SourceRecords
+from niels_gpt.config import TrainConfig
 from niels_gpt.data.cache import digest
-from niels_gpt.files.schema import Payload
 from niels_gpt.inference.load import load_model
 from niels_gpt.optim import optimizer_of
-from niels_gpt.record import kept_sources
 from niels_gpt.state import TrainState
 from niels_gpt.streams import Built, SourceInfo, Sources, StreamBuildConfig
 
@@ -67,7 +66,8 @@ def evaluate_checkpoint(
     Raises:
         OSError, ValueError, RuntimeError: with what is wrong with the checkpoint, text or method.
     """
-    state, payload, messages = open_model(path, device)
+    checkpoint = load_model(path, device)
+    state, messages = evaluated_state(checkpoint)
     if isinstance(method, Sampled):
         cfg = state.train_cfg
         steps = cfg.eval_steps if method.eval_steps is None else method.eval_steps
@@ -85,27 +85,24 @@ def evaluate_checkpoint(
         if (total := bytes_to_score(state, stream, method))
     }
     infos = streams.describe_sources(text)
-    messages += text.messages + text.left_out() + changed_texts(payload, infos)
+    messages += text.messages + text.left_out() + changed_texts(checkpoint.sources, infos)
     return Report(state.step, describe_method(method), scores, infos, messages)
 
 
-def open_model(path: Path, device: str) -> tuple[TrainState, Payload, list[str]]:
-    """Return a checkpoint as a state without the optimizer's trees, all of the file, and messages.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_model`.
-    """
-    cfg, params, payload = load_model(path, device)
+def evaluated_state(checkpoint: Checkpoint) -> tuple[TrainState, list[str]]:
+    """Return a checkpoint as a state without the optimizer's trees, and messages."""
     messages = []
     try:
-        _, train_cfg = config_from_dict({"train": payload["train_cfg"]}, where="train_cfg")
+        _, train_cfg = checkpoint.configs
     except ValueError:
         train_cfg = TrainConfig()
         messages.append(
             "train_cfg is another program's: batch size, steps and seed are the defaults"
         )
     opt_state = optimizer_of(train_cfg).init({})
-    return TrainState(params, opt_state, payload["step"], cfg, train_cfg), payload, messages
+    return TrainState(
+        checkpoint.params, opt_state, checkpoint.step, checkpoint.cfg, train_cfg
+    ), messages
 
 
 def windows(state: TrainState, stream: bytes, method: Sampled | Full) -> Iterator[Window]:
@@ -189,9 +186,9 @@ def _check_lengths(text: Sources, T: int) -> None:
             )
 
 
-def changed_texts(payload: Mapping[str, Any], infos: Mapping[str, SourceInfo]) -> list[str]:
+def changed_texts(sources: SourceRecords | None, infos: Mapping[str, SourceInfo]) -> list[str]:
     """Say which streams are not those that the training of a checkpoint evaluated on."""
-    before = (kept_sources(payload) or {}).get("val", {})
+    before = (sources or {}).get("val", {})
     return [
         f"{name}: not the text of the training ({before[name]['origin']}, "
         f"{before[name]['bytes']:,} bytes), but {info.origin}, {info.nbytes:,} bytes; "

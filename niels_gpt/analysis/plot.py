@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from niels_gpt.files.names import METRICS
 from niels_gpt.run.metrics import Record, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-METRICS = "metrics.jsonl"
 INSTALL = 'for a picture: pip install "niels-gpt[plot]"'
 
 # Okabe and Ito 2008, a palette for colour-blind readers

@@ -5,7 +5,6 @@ after N.
 """
 
 import contextlib
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -14,17 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from niels_gpt.checkpoint import METRICS, load_checkpoint, load_state, own_files, state_from_payload
+from niels_gpt.checkpoint import Checkpoint, open_checkpoint
 from niels_gpt.config import ModelConfig
 from niels_gpt.corpus import Corpus, advance, next_batch, open_corpus
-from niels_gpt.files.schema import Payload
+from niels_gpt.files.names import BEST, LATEST, METRICS, checkpoints_in, periodic_checkpoints
 from niels_gpt.files.torchfile import CheckpointError
 from niels_gpt.loss import gradients, row_blocks, row_losses
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.model.gpt import GPT
 from niels_gpt.optim.clip import clip_by_global_norm
 from niels_gpt.optim.trees import Tree
-from niels_gpt.record import kept_environment
 from niels_gpt.run.compile import compile_step
 from niels_gpt.run.metrics import Record, read_metrics
 from niels_gpt.run.plan import data_changes, describe_environment, environment_changes
@@ -32,14 +30,12 @@ from niels_gpt.state import TrainState, make_state
 from niels_gpt.step import StepFunction, dropout_of_step, train_step
 from niels_gpt.streams import StreamBuildConfig
 
-_PERIODIC = re.compile(r"step_([0-9]{7,})\.pt")
-
 OnStep = Callable[[int], object]  # told the number of finished updates
 
 
-def step_of(payload: Payload) -> StepFunction:
+def step_of(checkpoint: Checkpoint) -> StepFunction:
     """Return the step that a run was trained with: compiled, if the checkpoint says so."""
-    return compile_step() if payload.get("environment", {}).get("compile") else train_step
+    return compile_step() if checkpoint.environment.get("compile") else train_step
 
 
 # --- two states, bit by bit --------------------------------------------------------------------
@@ -98,14 +94,14 @@ class Verdict(NamedTuple):
 
 def replay(
     state: TrainState,
+    end: Checkpoint,
     corpus: Corpus,
-    saved: Mapping[int, Path],
+    between: Mapping[int, Path],
     logged: Mapping[int, Record],
     *,
-    step: StepFunction = train_step,
     on_step: OnStep = lambda step: None,
 ) -> Verdict:
-    """Run from a state to the last of the saved ones, up to the first that is not met exactly.
+    """Run from a state to that of `end`, up to the first saved one that is not met exactly.
 
     No state can be had without the ones before it, so the search goes forward, once: every saved
     state and every logged loss on the way is compared, and narrows the bracket of steps in which
@@ -113,18 +109,18 @@ def replay(
     the last bits of a weight, and says nothing of the optimizer's state.
 
     Args:
-        state: where to begin.
+        state: where to begin, not after `end`.
         corpus: verified to be that of the run.
-        saved: checkpoints of the run by step, none before `state`; the last is the target.
+        between: checkpoints of the run by step, after `state` and before `end`.
         logged: the train records of `metrics.jsonl` by step.
     """
-    target = max(saved)
+    saved, step = {**between, end.step: end.path}, step_of(end)
     same = agreed = state.step
     doubt: int | None = None
     notes: list[str] = []
     while True:
         if path := saved.get(state.step):
-            there, why = _witness(path, state, required=state.step == target)
+            there, why = _witness(path, state, end)
             if there is None:
                 notes.append(f"{path.name} was passed over: {why}")
             elif found := differences(state, there):
@@ -134,8 +130,8 @@ def replay(
                 if doubt is not None:
                     notes.append(f"{METRICS} has other figures than the run of {path.name}")
                 same, agreed, doubt = state.step, state.step, None
-        if state.step == target:
-            return Verdict(True, same, agreed, None, saved[target].name, [], notes)
+        if state.step == end.step:
+            return Verdict(True, same, agreed, None, end.path.name, [], notes)
         state, metrics = advance(state, corpus, step)
         on_step(state.step)
         if doubt is None and state.step in logged:
@@ -146,15 +142,15 @@ def replay(
                 doubt = state.step - 1 if "loss" in wrong else state.step
 
 
-def _witness(path: Path, state: TrainState, *, required: bool) -> tuple[TrainState | None, str]:
-    """Load a saved state to compare with; None, and why, if it is not of the same run."""
+def _witness(path: Path, state: TrainState, end: Checkpoint) -> tuple[TrainState | None, str]:
+    """Return a saved state to compare with; None, and why, if it is not of the same run."""
+    if state.step == end.step:
+        return end.state, ""
     try:
-        there, _ = load_state(path, device=state.device)
-    except (CheckpointError, ValueError) as error:
-        if required:
-            raise
+        there = open_checkpoint(path, state.device).state
+    except ValueError as error:
         return None, str(error)
-    if required or there[-2:] == state[-2:]:
+    if there[-2:] == state[-2:]:
         return there, ""
     return None, "it was saved under another config"
 
@@ -174,64 +170,48 @@ def replay_files(
     Raises:
         ValueError, OSError: if the two are not of one run or the text is not the one it had.
     """
-    there, payload = load_state(end, device=device)
-    configs = there.model_cfg, there.train_cfg
+    last = open_checkpoint(end, device)
+    configs = last.configs
     if start is None:
         state = make_state(*configs, device)
     else:
-        state = state_from_payload(load_checkpoint(start, device=device), *configs, device)
-    if state.step > there.step:
-        raise ValueError(f"{start} is after {end}: step {state.step}, not before {there.step}")
-    folders = {end.parent, *([start.parent] if start else [])}
-    saved = {
+        state = open_checkpoint(start, device).state_under(*configs)
+    if state.step > last.step:
+        raise ValueError(f"{start} is after {end}: step {state.step}, not before {last.step}")
+    between = {
         step: path
-        for folder in folders
-        for step, path in _periodic(folder).items()
-        if state.step < step < there.step
+        for folder in {end.parent, *([start.parent] if start else [])}
+        for step, path in periodic_checkpoints(folder).items()
+        if state.step < step < last.step
     }
     logged = {
         record["step"]: record
         for record in read_metrics(end.with_name(METRICS))
         if record.get("kind") == "train"
     }
-    corpus, messages = open_corpus_of(payload, end, there, sources)
-    verdict = replay(
-        state,
-        corpus,
-        {**saved, there.step: end},
-        logged,
-        step=step_of(payload),
-        on_step=on_step,
-    )
+    corpus, messages = open_corpus_of(last, sources)
+    verdict = replay(state, last, corpus, between, logged, on_step=on_step)
     return verdict._replace(notes=messages + verdict.notes)
 
 
-def open_corpus_of(
-    payload: Payload, path: Path, state: TrainState, sources: StreamBuildConfig
-) -> tuple[Corpus, list[str]]:
+def open_corpus_of(checkpoint: Checkpoint, sources: StreamBuildConfig) -> tuple[Corpus, list[str]]:
     """Open the text that a checkpoint was trained on, and use as many threads; return messages too.
 
     Raises:
         ValueError: if a stream does not have the digest that the checkpoint keeps.
     """
-    corpus = open_corpus(state.model_cfg, state.train_cfg, sources)
-    if changes := data_changes(payload, corpus.record):
+    path, environment = checkpoint.path, checkpoint.environment
+    corpus = open_corpus(*checkpoint.configs, sources)
+    if changes := data_changes(checkpoint.sources, corpus.record):
         lines = "".join(f"\n  {line}" for line in changes)
         raise ValueError(f"{path}: this is not the text that it was trained on:{lines}")
-    environment = kept_environment(payload)
     torch.set_num_threads(environment.get("threads", torch.get_num_threads()))
-    device = str(state.device)
-    messages = environment_changes(
-        payload, describe_environment(device, environment.get("compile", False))
-    )
-    if "sources" not in payload:
+    device = str(checkpoint.state.device)
+    now = describe_environment(device, environment.get("compile", False))
+    messages = environment_changes(environment, now)
+    if checkpoint.sources is None:
         messages.append(f"{path.name} keeps no digests: that the text is the same is not verified")
     return corpus, [*corpus.messages, *messages]
-
-
-def _periodic(folder: Path) -> dict[int, Path]:
-    matches = (_PERIODIC.fullmatch(name) for name in own_files(folder))
-    return {int(match[1]): folder / match[0] for match in matches if match}
 
 
 # --- one step, from inside ---------------------------------------------------------------------
@@ -322,8 +302,8 @@ def view_files(
     Raises:
         ValueError, OSError: if there is no such step, no checkpoint, or the text is another.
     """
-    path = _nearest(start, step) if start.is_dir() else start
-    state, payload = load_state(path, device=device)
+    checkpoint = _nearest(start, step, device) if start.is_dir() else open_checkpoint(start, device)
+    path, state = checkpoint.path, checkpoint.state
     total = state.train_cfg.total_steps
     if not 1 <= step <= total:
         raise ValueError(f"--step {step}: {path} is of a run of steps 1 to {total}")
@@ -332,21 +312,24 @@ def view_files(
         if not start.is_dir():
             raise ValueError(f"{path} has {state.step} updates behind it: step {step} is past")
         state, begin = make_state(state.model_cfg, state.train_cfg, device), "the initial state"
-    corpus, messages = open_corpus_of(payload, path, state, sources)
-    update = step_of(payload)
+    corpus, messages = open_corpus_of(checkpoint, sources)
+    update = step_of(checkpoint)
     while state.step < step - 1:
         state, _ = advance(state, corpus, update)
         on_step(state.step)
     return view_step(state, corpus), begin, messages
 
 
-def _nearest(folder: Path, step: int) -> Path:
-    """Return the last checkpoint before a step; the first after it where there is none before."""
-    steps = {path: number for number, path in _periodic(folder).items()}
-    for name in {"latest.pt", "best.pt"} & set(own_files(folder)):
+def _nearest(folder: Path, step: int, device: str) -> Checkpoint:
+    """Open the last checkpoint before a step; the first after it where there is none before."""
+    steps = {path: number for number, path in periodic_checkpoints(folder).items()}
+    opened: dict[Path, Checkpoint] = {}  # these names promise no step
+    for path in {folder / LATEST, folder / BEST} & set(checkpoints_in(folder)):
         with contextlib.suppress(CheckpointError):
-            steps[folder / name] = load_checkpoint(folder / name, device="cpu")["step"]
+            opened[path] = open_checkpoint(path, device)
+            steps[path] = opened[path].step
     if not steps:
         raise FileNotFoundError(f"{folder}: no checkpoint here")
     before = [path for path, number in steps.items() if number < step]
-    return max(before, key=steps.__getitem__) if before else min(steps, key=steps.__getitem__)
+    best = max(before, key=steps.__getitem__) if before else min(steps, key=steps.__getitem__)
+    return opened.get(best) or open_checkpoint(best, device)

@@ -68,8 +68,9 @@ def diff(a: Path, b: Path, n: int, as_json: bool) -> None:
     """
     with exit_on_failure(2):
         from niels_gpt.analysis.checkpoint_report import compare
+        from niels_gpt.checkpoint import open_checkpoint
 
-        found = compare(a, b)
+        found = compare(open_checkpoint(a), open_checkpoint(b))
     console.result(found, _diff_lines(found, n), as_json=as_json)
 
 

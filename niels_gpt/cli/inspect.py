@@ -78,12 +78,13 @@ def main(
     """
     with exit_on_failure(2):
         from niels_gpt.analysis.replay import open_corpus_of
-        from niels_gpt.checkpoint import load_state
+        from niels_gpt.checkpoint import open_checkpoint
         from niels_gpt.streams import locate
 
-        state, payload = load_state(ckpt, device=device)
+        checkpoint = open_checkpoint(ckpt, device)
+        state = checkpoint.state
         sources = locate(places)
-        corpus, messages = open_corpus_of(payload, ckpt, state, sources)
+        corpus, messages = open_corpus_of(checkpoint, sources)
         console.tell(*messages)
         wanted = only or PARTS
         documents = _documents(sources, state, wanted, required=bool(only))

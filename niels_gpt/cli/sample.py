@@ -15,8 +15,8 @@ from niels_gpt.cli.shared.options import HELP, json_option
 from niels_gpt.cli.shared.output import console, exit_on_failure, to_json
 
 if TYPE_CHECKING:
+    from niels_gpt.checkpoint import Checkpoint
     from niels_gpt.inference.generate import Sampling
-    from niels_gpt.inference.load import Trained
 
 GROUP = 64  # samples in one pass
 
@@ -76,7 +76,7 @@ def _read_prompt(prompt: str) -> bytes:
 
 
 def _pieces(
-    generation: Generation, trained: Trained, sampling: Sampling, start: bytes
+    generation: Generation, trained: Checkpoint, sampling: Sampling, start: bytes
 ) -> Iterator[str]:
     """Generate one sample; yield its text, the prompt first, as it grows."""
     from niels_gpt.inference.generate import decode_stream, stream
@@ -87,7 +87,7 @@ def _pieces(
 
 
 def _texts(
-    generation: Generation, trained: Trained, sampling: Sampling, start: bytes, n: int
+    generation: Generation, trained: Checkpoint, sampling: Sampling, start: bytes, n: int
 ) -> Iterator[bytes]:
     """Generate n samples, some at a time."""
     from niels_gpt.inference.generate import generate
@@ -105,11 +105,11 @@ def _texts(
 
 
 def _value(
-    generation: Generation, trained: Trained, start: bytes, texts: Iterable[bytes]
+    generation: Generation, trained: Checkpoint, start: bytes, texts: Iterable[bytes]
 ) -> dict[str, Any]:
     return {
         "checkpoint": str(generation.ckpt),
-        "step": trained.payload["step"],
+        "step": trained.step,
         "seed": generation.seed,
         "temperature": generation.temperature,
         "top_k": generation.top_k,

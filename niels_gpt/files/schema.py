@@ -9,7 +9,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ Payload = dict[str, Any]
 
 KEYS = ("model_cfg", "train_cfg", "model_state", "optimizer_state", "step", "best_val_loss")
 OPTIONAL = ("optimizer_state", "best_val_loss")
-MODEL_FIELDS = ("V", "T", "C", "L", "H", "d_ff", "dropout", "rope_theta")
+MODEL_FIELDS = tuple(field.name for field in fields(ModelConfig))
 TIED = ("model_state.tok_emb.weight", "model_state.lm_head.weight")
 
 MAX_VALUES = 200_000  # 1024 blocks take 60 thousand

@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niels_gpt.checkpoint import load_checkpoint
-from niels_gpt.config import ModelConfig
+from niels_gpt.checkpoint import Checkpoint, open_checkpoint
 from niels_gpt.files.durable import make_folder, write_durably
-from niels_gpt.files.schema import parameter_shapes
 
 
 def export(checkpoint: Path, out: Path, *, overwrite: bool = False) -> tuple[Path, Path]:
@@ -33,24 +31,22 @@ def export(checkpoint: Path, out: Path, *, overwrite: bool = False) -> tuple[Pat
     config = out.with_suffix(".json")
     if there := [path for path in (out, config) if path.exists() and not overwrite]:
         raise FileExistsError(f"{there[0]}: exists already; --force replaces it")
-    payload = load_checkpoint(checkpoint, device="cpu")
-    names = parameter_shapes(ModelConfig(**payload["model_cfg"]))
-    tensors = {name: payload["model_state"][name] for name in names}
+    found = open_checkpoint(checkpoint)
     make_folder(out.absolute().parent)
-    write_durably([out], to_safetensors(tensors))
-    write_durably([config], (json.dumps(export_config(payload), indent=2) + "\n").encode())
+    write_durably([out], to_safetensors(found.params))
+    write_durably([config], (json.dumps(export_config(found), indent=2) + "\n").encode())
     return out, config
 
 
-def export_config(payload: Mapping[str, Any]) -> dict[str, Any]:
+def export_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what a program that loads the weights must know."""
     return {
         "architecture": "niels_gpt",
-        "model": dict(payload["model_cfg"]),
+        "model": checkpoint.model_cfg,
         "tied": {"lm_head.weight": "tok_emb.weight"},
-        "step": payload["step"],
-        "best_val_loss_nats": payload["best_val_loss"],
-        "train": dict(payload["train_cfg"]),
+        "step": checkpoint.step,
+        "best_val_loss_nats": checkpoint.scores.best_val_loss,
+        "train": checkpoint.train_cfg,
     }
 
 

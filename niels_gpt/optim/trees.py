@@ -31,7 +31,7 @@ def to_tree(vector: Tensor, like: Tree) -> Tree:
 
 
 def map_tensors(function: Callable[..., Tensor], first: Any, *others: Any) -> Any:
-    """Map a function over the tensors of one or more trees, or tuples of trees.
+    """Map a function over the tensors of one or more trees, or of tuples or lists of trees.
 
     Leaves that are not tensors (a step, a config) come from the first, so a `TrainState` works too.
     """
@@ -39,7 +39,7 @@ def map_tensors(function: Callable[..., Tensor], first: Any, *others: Any) -> An
         return function(first, *others)
     if isinstance(first, dict):
         return {n: map_tensors(function, x, *(o[n] for o in others)) for n, x in first.items()}
-    if isinstance(first, tuple):
+    if isinstance(first, list | tuple):
         mapped = (map_tensors(function, *parts) for parts in zip(first, *others, strict=True))
-        return getattr(first, "_make", tuple)(mapped)
+        return getattr(first, "_make", type(first))(mapped)
     return first

@@ -3,7 +3,6 @@
 Nothing is written, and the plan's state is unchanged: a step returns a new one.
 """
 
-import io
 import json
 import math
 import os
@@ -16,14 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from niels_gpt.checkpoint import state_payload
+from niels_gpt.checkpoint import checkpoint_of, checkpoint_size
 from niels_gpt.config import TrainConfig
 from niels_gpt.eval import evaluate
-from niels_gpt.files.schema import canonical_payload
 from niels_gpt.model.flops import parameter_count, step_flops
-from niels_gpt.record import checkpoint_extra
 from niels_gpt.run.compile import choose_step
 from niels_gpt.run.plan import Plan
 from niels_gpt.state import TrainState
@@ -74,11 +69,8 @@ def costs(plan: Plan) -> dict[str, Any]:
 
 def checkpoint_bytes(plan: Plan, state: TrainState) -> int:
     """Return the size of a checkpoint of this run."""
-    extra = checkpoint_extra(plan.scores, plan.corpus.record, plan.environment)
-    payload = state_payload(state, best_val_loss=math.e, extra=extra)
-    buffer = io.BytesIO()
-    torch.save({**canonical_payload(payload), "digest": "0" * 64}, buffer)
-    return buffer.tell()
+    scores = plan.scores._replace(best_val_loss=math.e)
+    return checkpoint_size(checkpoint_of(state, scores, plan.corpus.record, plan.environment))
 
 
 def periodic_checkpoints(cfg: TrainConfig) -> int:

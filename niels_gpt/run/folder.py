@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from niels_gpt.checkpoint import (
-    METRICS,
-    load_checkpoint,
-    own_files,
-    state_payload,
-    write_checkpoint,
-)
+from niels_gpt.checkpoint import Checkpoint, checkpoint_of, open_checkpoint, write_checkpoint
+from niels_gpt.eval import Scores
 from niels_gpt.files import durable
+from niels_gpt.files.names import METRICS, run_files, step_of_name
 from niels_gpt.files.torchfile import CheckpointError
-from niels_gpt.record import checkpoint_extra
-from niels_gpt.run.loop import Scores
 from niels_gpt.run.metrics import MetricsFile
 from niels_gpt.run.plan import Plan
 from niels_gpt.run.progress import Console
@@ -37,12 +31,11 @@ class Folder:
 
     def save(self, names: Sequence[str], state: TrainState, scores: Scores) -> bool:
         """Save a state durably under each name in turn; on failure, report it and return False."""
-        extra = checkpoint_extra(scores, self._plan.corpus.record, self.environment)
-        payload = state_payload(state, best_val_loss=scores.best_val_loss, extra=extra)
+        checkpoint = checkpoint_of(state, scores, self._plan.corpus.record, self.environment)
         try:
             self._claim()
             self._sync_metrics()
-            write_checkpoint([self.path / name for name in names], payload)
+            write_checkpoint([self.path / name for name in names], checkpoint)
         except (OSError, CheckpointError) as error:
             self.is_saved = False
             self._console.warn(
@@ -63,17 +56,32 @@ class Folder:
         if self._claimed:
             return
         durable.remove_temporaries(self.path)
-        earlier = own_files(self.path)
-        if self._plan.resumed and _is_in(self._plan.resumed.path, self.path):
-            start = self._plan.state.step
-            earlier = [name for name in earlier if _is_later(self.path / name, start)]
+        earlier = self._files_of_another_run()
         if earlier:
-            if METRICS not in earlier and (self.path / METRICS).exists():
-                earlier.append(METRICS)
-            aside = durable.set_aside(self.path, earlier)
+            aside = durable.set_aside(self.path, [path.name for path in earlier])
             self._console.say(f"moved {len(earlier)} files of an earlier run to {aside}")
         self.metrics.claim()
         self._claimed = True
+
+    def _files_of_another_run(self) -> list[Path]:
+        """Return what must move aside: of the run that is resumed, only what came later."""
+        there, resumed = run_files(self.path), self._plan.resumed
+        if resumed is None or not _is_in(resumed.path, self.path):
+            return there
+        later = [path for path in there if self._is_later(path, resumed)]
+        metrics = [path for path in there if path.name == METRICS]
+        return [*later, *metrics] if later else []
+
+    def _is_later(self, path: Path, resumed: Checkpoint) -> bool:
+        """Tell whether a file of the folder is a checkpoint of a later step, or not a good one."""
+        if (promised := step_of_name(path.name)) is not None:
+            return promised > resumed.step
+        if path.name in (METRICS, resumed.path.name):
+            return False
+        try:
+            return open_checkpoint(path).step > resumed.step
+        except (CheckpointError, FileNotFoundError):  # the latter for a link to nowhere
+            return True
 
     def _sync_metrics(self) -> None:
         """Sync the metrics; a failure does not prevent saving a checkpoint."""
@@ -85,16 +93,3 @@ class Folder:
 
 def _is_in(path: Path, folder: Path) -> bool:
     return path.parent.resolve() == folder.resolve()
-
-
-def _is_later(path: Path, step: int) -> bool:
-    """Return whether a file of the folder is a checkpoint of a later step, or damaged."""
-    if path.name == METRICS:
-        return False
-    if path.name.startswith("step_"):
-        return int(path.stem.removeprefix("step_")) > step
-    try:
-        later: bool = load_checkpoint(path, device="cpu")["step"] > step
-    except (CheckpointError, FileNotFoundError):  # the latter for a dangling link
-        return True
-    return later

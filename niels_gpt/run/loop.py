@@ -9,31 +9,14 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
+from niels_gpt.eval import Scores
+from niels_gpt.files.names import BEST, LATEST, step_name
 from niels_gpt.loss import Batch
 from niels_gpt.run.stop import Stopped
 from niels_gpt.state import TrainState
-
-LATEST = "latest.pt"
-BEST = "best.pt"
-
-
-class Scores(NamedTuple):
-    """The results of a run's evaluations, saved with the state in every checkpoint."""
-
-    best_val_loss: float | None = None  # nats
-    best_step: int | None = None
-    val_loss: float | None = None  # nats, of the last evaluation
-    val_step: int | None = None
-
-    def updated(self, step: int, val_loss: float) -> "Scores":
-        """Return the scores after an evaluation at `step`."""
-        if self.best_val_loss is None or val_loss < self.best_val_loss:
-            return Scores(val_loss, step, val_loss, step)
-        return self._replace(val_loss=val_loss, val_step=step)
 
 
 class NonFiniteError(ArithmeticError):
@@ -106,11 +89,6 @@ def _evaluate(state: TrainState, scores: Scores, ports: Ports) -> tuple[Scores, 
     if state.step % state.train_cfg.ckpt_every == 0:
         names.append(step_name(state.step))
     return scores, ports.save([*names, LATEST], state, scores)
-
-
-def step_name(step: int) -> str:
-    """Return the file name of the periodic checkpoint after this many updates."""
-    return f"step_{step:07d}.pt"
 
 
 def evaluation_due(state: TrainState) -> bool:

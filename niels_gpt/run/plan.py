@@ -12,33 +12,19 @@ from typing import Any, NamedTuple
 import torch
 
 from niels_gpt import paths
-from niels_gpt.checkpoint import (
-    METRICS,
-    load_checkpoint,
-    newest_good,
-    resume_notes,
-    state_from_payload,
-)
+from niels_gpt.checkpoint import Checkpoint, SourceRecords, newest_good, open_checkpoint
 from niels_gpt.config import ModelConfig, TrainConfig, to_dict
 from niels_gpt.corpus import Corpus, open_corpus
 from niels_gpt.device import resolve_device
+from niels_gpt.eval import Scores
+from niels_gpt.files.names import METRICS
 from niels_gpt.model.flops import step_flops
-from niels_gpt.record import kept_environment, kept_scores, kept_sources
-from niels_gpt.run.loop import Scores
 from niels_gpt.run.metrics import Record, read_metrics, records_until
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.state import TrainState, make_state
 from niels_gpt.streams import locate
 
 COMPILE_FLOPS = 1e14  # compile longer runs by default: about 20 minutes on two cores
-
-
-class Resume(NamedTuple):
-    """The checkpoint to resume from."""
-
-    path: Path
-    payload: dict[str, Any]
-    skipped: list[tuple[Path, str]]  # damaged checkpoints that `latest` skipped
 
 
 class Plan(NamedTuple):
@@ -51,7 +37,7 @@ class Plan(NamedTuple):
     corpus: Corpus
     environment: dict[str, Any]  # other conditions that can change bits
     why_compile: str  # why the step is compiled or not
-    resumed: Resume | None
+    resumed: Checkpoint | None
     messages: list[str]  # for the user
 
 
@@ -62,24 +48,25 @@ def make_plan(model_cfg: ModelConfig, train_cfg: TrainConfig, options: TrainOpti
         ValueError, RuntimeError, OSError: for invalid input; nothing was changed.
     """
     device = resolve_device(options.device)
-    resumed, messages = None, []
+    resumed: Checkpoint | None = None
+    messages: list[str] = []
     if options.resume is None:
         state, scores = make_state(model_cfg, train_cfg, device), Scores()
     else:
-        resumed = find_resume(options.resume, output_folder(options))
-        state, scores = resume_state(resumed.payload, model_cfg, train_cfg, device)
-        messages += resume_warnings(resumed, train_cfg)
+        resumed, messages = find_resume(options.resume, output_folder(options), device)
+        state, scores = resumed.state_under(model_cfg, train_cfg), resumed.scores
+        messages += resume_messages(resumed, train_cfg)
     where = locate(options.places, write_cache=not options.dry_run)
     corpus = open_corpus(model_cfg, train_cfg, where)
-    inherited = kept_environment(resumed.payload).get("compile", False) if resumed else None
+    inherited = resumed.environment.get("compile", False) if resumed else None
     compiled, why = choose_compile(options.compile, inherited, device, model_cfg, train_cfg)
     environment = describe_environment(device, compiled)
     records: list[Record] = []
     if resumed is not None:
-        if changes := data_changes(resumed.payload, corpus.record):
+        if changes := data_changes(resumed.sources, corpus.record):
             _refuse_unless(options.allow_data_change, resumed.path, changes)
             messages += changes
-        messages += environment_changes(resumed.payload, environment)
+        messages += environment_changes(resumed.environment, environment)
         metrics = read_metrics(resumed.path.with_name(METRICS))
         records = records_until(metrics, state.step, scores.val_step)
     return Plan(
@@ -104,28 +91,22 @@ def output_folder(options: TrainOptions) -> Path:
     return Path(options.resume).parent
 
 
-def find_resume(name: str, folder: Path) -> Resume:
-    """Load the checkpoint to resume: a path, or `latest` for the newest good one in a folder.
+def find_resume(name: str, folder: Path, device: str) -> tuple[Checkpoint, list[str]]:
+    """Open the checkpoint to resume: a path, or `latest` for the newest good one in a folder.
+
+    Also returns a line for each damaged one that `latest` skipped.
 
     Raises:
         FileNotFoundError: if there is none.
         CheckpointError: if the named file is invalid.
     """
     if name != "latest":
-        return Resume(Path(name), load_checkpoint(name, device="cpu"), [])
-    found, skipped = newest_good(folder)
+        return open_checkpoint(name, device), []
+    found, skipped = newest_good(folder, device)
     if found is None:
         why = "".join(f"; {path.name}: {reason}" for path, reason in skipped)
         raise FileNotFoundError(f"--resume latest: no good checkpoint in {folder}{why}")
-    return Resume(found, load_checkpoint(found, device="cpu"), skipped)
-
-
-def resume_state(
-    payload: dict[str, Any], model_cfg: ModelConfig, train_cfg: TrainConfig, device: str
-) -> tuple[TrainState, Scores]:
-    """Return the state and scores of a checkpoint; ValueError if the model shape differs."""
-    state = state_from_payload(payload, model_cfg, train_cfg, device)
-    return state, kept_scores(payload)
+    return found, [f"{path}: skipped, {why}" for path, why in skipped]
 
 
 def describe_environment(device: str, compiled: bool) -> dict[str, Any]:
@@ -139,24 +120,19 @@ def describe_environment(device: str, compiled: bool) -> dict[str, Any]:
     }
 
 
-def resume_warnings(resumed: Resume, train_cfg: TrainConfig) -> list[str]:
-    """Return messages about skipped files, inexact resumption, and changed settings."""
-    before, now = resumed.payload["train_cfg"], to_dict(train_cfg)
+def resume_messages(resumed: Checkpoint, train_cfg: TrainConfig) -> list[str]:
+    """Return messages about inexact resumption and changed settings."""
+    before, now = resumed.train_cfg, to_dict(train_cfg)
     changed = [
         f"train.{name}: {before[name]!r} in the checkpoint, now {now[name]!r}"
         for name in now
         if name in before and before[name] != now[name]
     ]
-    return [
-        *(f"{path}: skipped, {why}" for path, why in resumed.skipped),
-        *(f"{resumed.path}: {note}" for note in resume_notes(resumed.payload)),
-        *changed,
-    ]
+    return [*(f"{resumed.path}: {message}" for message in resumed.messages), *changed]
 
 
-def data_changes(payload: Mapping[str, Any], sources: Mapping[str, Any]) -> list[str]:
+def data_changes(before: SourceRecords | None, sources: SourceRecords) -> list[str]:
     """Return a line for each stream that differs from the checkpoint's."""
-    before = kept_sources(payload)
     if before is None:
         return []
     return [
@@ -168,9 +144,9 @@ def data_changes(payload: Mapping[str, Any], sources: Mapping[str, Any]) -> list
     ]
 
 
-def environment_changes(payload: Mapping[str, Any], environment: Mapping[str, Any]) -> list[str]:
+def environment_changes(before: Mapping[str, Any], environment: Mapping[str, Any]) -> list[str]:
     """Return a line for each changed condition, other than data, that may change bits."""
-    before = kept_environment(payload) or environment
+    before = before or environment
     return [
         f"{name}: {before.get(name)!r} in the checkpoint, now {value!r}: "
         "the result may differ from an uninterrupted run in the last bits"

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from niels_gpt.run.loop import Scores
+from niels_gpt.eval import Scores
 from niels_gpt.run.metrics import MetricsFile
 from niels_gpt.run.plan import Plan
 from niels_gpt.state import TrainState

@@ -7,11 +7,12 @@ from itertools import chain
 from pathlib import Path
 
 from niels_gpt.eval import evaluate
+from niels_gpt.files.names import LATEST
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.run import loop
 from niels_gpt.run.compile import choose_step
 from niels_gpt.run.folder import Folder
-from niels_gpt.run.loop import LATEST, NonFiniteError
+from niels_gpt.run.loop import NonFiniteError
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.plan import Plan
 from niels_gpt.run.progress import Console, Reporter, say_opening

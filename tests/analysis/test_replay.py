@@ -10,9 +10,10 @@ from click.testing import CliRunner
 
 from niels_gpt import make_state, train_step
 from niels_gpt.analysis import replay
-from niels_gpt.checkpoint import load_checkpoint, load_state, state_payload, write_checkpoint
+from niels_gpt.checkpoint import checkpoint_of, load_checkpoint, open_checkpoint, write_checkpoint
 from niels_gpt.cli import main
 from niels_gpt.corpus import advance, next_batch, open_corpus
+from niels_gpt.files.payload import write_payload
 from niels_gpt.loss import gradients
 from niels_gpt.optim.clip import clip_by_global_norm
 from niels_gpt.optim.trees import global_norm, map_tensors
@@ -69,7 +70,7 @@ def change(path, edit):
     """Write a good checkpoint whose content differs from what the run saved."""
     payload = load_checkpoint(path, device="cpu")
     edit(payload)
-    write_checkpoint([path], payload)
+    write_payload([path], payload)
 
 
 def flip_lowest_bit(name, place, kind="model_state"):
@@ -131,7 +132,7 @@ def test_a_change_on_the_way_is_bracketed_by_saved_states_and_logged_losses(run,
         if state.step % 2 == 0:
             records.append({"kind": "train", "step": state.step, **values})
     (run / "metrics.jsonl").write_bytes(to_lines(records))
-    write_checkpoint([run / "step_0000009.pt"], state_payload(state, best_val_loss=None))
+    write_checkpoint([run / "step_0000009.pt"], checkpoint_of(state))
     result = again("--from", run / "step_0000003.pt", "--to", run / "step_0000009.pt", "--json")
     verdict = json.loads(result.stdout)
     found = [verdict[n] for n in ("identical", "same", "agreed", "differs")]
@@ -150,7 +151,7 @@ def test_a_change_too_small_for_the_next_loss_is_not_said_to_come_after_it(run, 
         records.append({"kind": "train", "step": state.step, **values})
     (run / "metrics.jsonl").write_bytes(to_lines(records))
     (run / "step_0000006.pt").unlink()
-    write_checkpoint([run / "step_0000009.pt"], state_payload(state, best_val_loss=None))
+    write_checkpoint([run / "step_0000009.pt"], checkpoint_of(state))
     result = again("--from", run / "step_0000003.pt", "--to", run / "step_0000009.pt", "--json")
     verdict = json.loads(result.stdout)
     assert verdict["same"] == 3  # and not the 6 whose loss is met
@@ -266,7 +267,7 @@ def test_a_step_before_the_first_checkpoint_is_reached_from_the_initial_state(ru
 
 @pytest.fixture(scope="module")
 def opened(whole_run, texts):
-    state, _ = load_state(whole_run / "step_0000006.pt", device="cpu")
+    state = open_checkpoint(whole_run / "step_0000006.pt").state
     return state, open_corpus(
         *state[-2:], locate({"wiki": texts / "wiki", "roam": texts / "notes"})
     )
@@ -276,7 +277,7 @@ def test_advance_is_the_step_of_the_training_loop(whole_run, opened):
     state, corpus = opened
     for _ in range(3):
         state, _ = advance(state, corpus)
-    assert same_state(state, load_state(whole_run / "step_0000009.pt", device="cpu")[0])
+    assert same_state(state, open_checkpoint(whole_run / "step_0000009.pt").state)
 
 
 def test_rows_are_the_windows_of_the_batch_and_their_losses_average_to_the_loss(opened):

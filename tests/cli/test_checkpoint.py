@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from niels_gpt.analysis.checkpoint_report import compare_payloads
-from niels_gpt.checkpoint import load_checkpoint, state_payload, write_checkpoint
+from niels_gpt.analysis.checkpoint_report import compare
+from niels_gpt.checkpoint import checkpoint_of, load_checkpoint, write_checkpoint
 from niels_gpt.config import to_dict
+from niels_gpt.files.payload import write_payload
 from niels_gpt.files.schema import parameter_shapes
 from niels_gpt.inference.export import to_safetensors
 from niels_gpt.loss import forward
@@ -36,7 +37,7 @@ def checkpoint(tmp_path):
 
 def test_info_tells_what_the_file_holds(niels, tmp_path):
     path = tmp_path / "latest.pt"
-    digest = write_checkpoint([path], random_payload(step=1234))
+    digest = write_payload([path], random_payload(step=1234))
     found = json.loads(niels("checkpoint", "info", path, "--json").stdout)
     assert found["path"] == str(path)
     assert found["file_bytes"] == path.stat().st_size
@@ -81,7 +82,7 @@ def test_a_folder_is_no_checkpoint_but_holds_one(niels, checkpoint, tmp_path):
 @given(st.data())
 def test_verify_finds_any_flipped_bit_or_proves_it_harmless(niels, tmp_path, data):
     path = tmp_path / "latest.pt"
-    write_checkpoint([path], random_payload())
+    write_payload([path], random_payload())
     whole = bytearray(path.read_bytes())
     place = data.draw(st.integers(0, 8 * len(whole) - 1))
     whole[place // 8] ^= 1 << place % 8
@@ -96,9 +97,9 @@ def test_verify_finds_any_flipped_bit_or_proves_it_harmless(niels, tmp_path, dat
 def test_verify_takes_files_and_folders(niels, tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("latest.pt", "best.pt", "step_0000003.pt"):
-        write_checkpoint([tmp_path / "run" / name], random_payload())
+        write_payload([tmp_path / "run" / name], random_payload())
     other = tmp_path / "other.pt"
-    write_checkpoint([other], random_payload())
+    write_payload([other], random_payload())
     good = niels("checkpoint", "verify", tmp_path / "run", other)
     assert good.exit_code == 0
     assert good.stdout.count("good  ") == 4
@@ -120,8 +121,7 @@ def test_a_folder_without_checkpoints_is_told(niels, tmp_path):
 
 @given(states())
 def test_a_checkpoint_does_not_differ_from_itself(state):
-    payload = state_payload(state, best_val_loss=None)
-    found = compare_payloads(payload, payload)
+    found = compare(checkpoint_of(state), checkpoint_of(state))
     assert (found.settings, found.parameters, found.unlike) == ([], [], [])
     assert found.same == len(state.params)
 
@@ -132,7 +132,7 @@ def test_changes_are_measured_and_ordered(niels, tmp_path):
     b.params["ln_f.weight"].mul_(1.5)
     b.params["tok_emb.weight"][3, 2] += 0.25
     for name, state in (("a.pt", a), ("b.pt", b)):
-        write_checkpoint([tmp_path / name], state_payload(state, best_val_loss=None))
+        write_checkpoint([tmp_path / name], checkpoint_of(state))
     found = json.loads(niels("checkpoint", "diff", "a.pt", "b.pt", "--json").stdout)
     assert found["settings"] == [["step", 0, 7]]
     assert [c["name"] for c in found["parameters"]] == ["ln_f.weight", "tok_emb.weight"]
@@ -239,7 +239,7 @@ def test_the_example_is_short_and_stands_alone():
 def test_a_random_state_survives_the_export(niels, tmp_path):
     """Denormals, both zeros and the largest floats: bit for bit."""
     state = random_state(SMALL)
-    write_checkpoint([tmp_path / "a.pt"], state_payload(state, best_val_loss=None))
+    write_checkpoint([tmp_path / "a.pt"], checkpoint_of(state))
     assert niels("checkpoint", "export", "a.pt", "a.safetensors").exit_code == 0
     found = read_safetensors((tmp_path / "a.safetensors").read_bytes())
     for name, p in state.params.items():

@@ -9,7 +9,7 @@ import torch
 
 from niels_gpt import TrainConfig, evaluate, paths
 from niels_gpt.analysis.score import full_windows, score
-from niels_gpt.checkpoint import load_state, state_payload, write_checkpoint
+from niels_gpt.checkpoint import checkpoint_of, open_checkpoint, payload_of, write_checkpoint
 from niels_gpt.config import ModelConfig
 from tests.trained import lively_state
 
@@ -22,7 +22,7 @@ def evaluation(niels, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "REPO_ROOT", tmp_path)
     train = TrainConfig(B=3, eval_steps=2, seed=5)
     state = lively_state(CFG)._replace(train_cfg=train)
-    write_checkpoint([tmp_path / "m.pt"], state_payload(state, best_val_loss=None))
+    write_checkpoint([tmp_path / "m.pt"], checkpoint_of(state))
 
     def run(*args):
         result = niels("evaluate", "--ckpt", "m.pt", "--device", "cpu", "--json", *args)
@@ -41,7 +41,7 @@ def test_sampled_figures_are_those_of_the_training(evaluation, where, texts, tmp
     found = evaluation(*where)
     assert list(found["sources"]) == ["wiki", "roam", "primer"]
     assert (found["method"], found["seed"], found["eval_steps"]) == ("sampled", 5, 2)
-    state, _ = load_state(tmp_path / "m.pt", device="cpu")
+    state = open_checkpoint(tmp_path / "m.pt").state
     stream = (texts / "wiki" / "val.txt").read_bytes()
     assert found["sources"]["wiki"]["nats"] == pytest.approx(evaluate(state, stream, 5), rel=1e-6)
     assert found["sources"]["wiki"]["scored"] == 2 * 3 * 16
@@ -58,7 +58,7 @@ def test_full_scores_each_byte_of_a_file_once(evaluation, tmp_path):
     found = evaluation("--text", "my text.bin", "--full", "--stride", "5")
     assert (found["method"], found["stride"]) == ("full", 5)
     (result,) = found["sources"].values()
-    state, _ = load_state(tmp_path / "m.pt", device="cpu")
+    state = open_checkpoint(tmp_path / "m.pt").state
     assert result["nats"] == score(full_windows(state, text, stride=5)).nats
     assert (result["scored"], result["nbytes"]) == (len(text), len(text))
     assert evaluation("--text", "my text.bin", "--full")["stride"] == 8
@@ -74,11 +74,10 @@ def test_the_table_is_for_people(niels, evaluation, where):
 
 
 def test_text_that_the_training_did_not_evaluate_on_is_told(niels, evaluation, where, tmp_path):
-    state, _ = load_state(tmp_path / "m.pt", device="cpu")
+    state = open_checkpoint(tmp_path / "m.pt").state
     sources = {"wiki": {"origin": "folder", "bytes": 123, "sha256": "0" * 64}}
-    extra = {"sources": {"train": {}, "val": sources}}
-    payload = state_payload(state, best_val_loss=None, extra=extra)
-    write_checkpoint([tmp_path / "m.pt"], payload)
+    trained_on = {"train": {}, "val": sources}
+    write_checkpoint([tmp_path / "m.pt"], checkpoint_of(state, sources=trained_on))
     result = niels("evaluate", "--ckpt", "m.pt", "--device", "cpu", *where, "--json")
     assert "note: wiki: not the text of the training" in result.stderr
     assert "roam: not the text" not in result.stderr
@@ -129,7 +128,7 @@ def test_a_missing_checkpoint_is_told(niels):
 
 
 def test_a_checkpoint_of_another_program_is_evaluated_with_the_defaults(niels, tmp_path):
-    payload = state_payload(lively_state(CFG), best_val_loss=None)
+    payload = payload_of(checkpoint_of(lively_state(CFG)))
     torch.save({**payload, "train_cfg": {"lr": 0.1}, "optimizer_state": None}, tmp_path / "m.pt")
     (tmp_path / "text").write_bytes(bytes(range(100)))
     args = ["evaluate", "--ckpt", "m.pt", "--device", "cpu", "--text", "text", "--steps", "1"]
@@ -142,7 +141,7 @@ def test_a_checkpoint_of_another_program_is_evaluated_with_the_defaults(niels, t
 
 def test_a_model_that_does_not_know_all_bytes_is_refused(niels, tmp_path):
     state = lively_state(ModelConfig(V=100, T=16, C=8, L=1, H=2, d_ff=8))
-    write_checkpoint([tmp_path / "m.pt"], state_payload(state, best_val_loss=None))
+    write_checkpoint([tmp_path / "m.pt"], checkpoint_of(state))
     result = niels("evaluate", "--ckpt", "m.pt", "--device", "cpu", "--text", "m.pt")
     assert result.exit_code == 2
     assert "V" in result.stderr

@@ -48,10 +48,10 @@ def saver_of_bytes(content: Path) -> Callable[[list[Path]], object]:
 
 def saver_of_checkpoint(content: Path) -> Callable[[list[Path]], object]:
     """Return the save that the training loop makes."""
-    from niels_gpt.checkpoint import load_checkpoint, write_checkpoint
+    from niels_gpt.checkpoint import open_checkpoint, write_checkpoint
 
-    payload = load_checkpoint(content, device="cpu")
-    return lambda names: write_checkpoint(names, payload)
+    checkpoint = open_checkpoint(content)
+    return lambda names: write_checkpoint(names, checkpoint)
 
 
 def attempt(save: Callable[[list[Path]], object], names: list[Path]) -> list[object] | None:

@@ -122,7 +122,7 @@ MUTANTS = {
         "failed_append",
     ),
     "no digest check": Mutant(
-        "checkpoint",
+        "files/payload",
         'payload["digest"] != content_digest(payload)',
         "False",
         CHECKPOINT,
@@ -257,7 +257,11 @@ MUTANTS = {
         "module_view",
     ),
     "the first good one for the newest": Mutant(
-        "checkpoint", "if step > most:", "if found is None:", CHECKPOINT, "newest_good"
+        "checkpoint",
+        "if found is None or checkpoint.step > found.step:",
+        "if found is None:",
+        CHECKPOINT,
+        "newest_good",
     ),
     "damage not passed over": Mutant(
         "checkpoint",
@@ -267,7 +271,7 @@ MUTANTS = {
         "newest_good",
     ),
     "one name only": Mutant(
-        "checkpoint",
+        "files/payload",
         "[Path(path) for path in paths]",
         "[Path(paths[0])]",
         CHECKPOINT,
@@ -275,7 +279,7 @@ MUTANTS = {
     ),
     "the model diff not looked at": Mutant(
         "checkpoint",
-        '    validate_model_config_match(payload["model_cfg"], model_cfg)\n',
+        "        validate_model_config_match(self.model_cfg, model_cfg)\n",
         "",
         CHECKPOINT,
         "shows_the_diff",

@@ -41,9 +41,9 @@ def full_disk(path):
 def test_a_failed_save_is_told_and_the_next_one_tries_again(train, tmp_path, monkeypatch):
     write, tried = folder.write_checkpoint, []
 
-    def write_later(paths, payload):
-        tried.append(payload["step"])
-        return full_disk(paths[0]) if payload["step"] == 4 else write(paths, payload)
+    def write_later(paths, checkpoint):
+        tried.append(checkpoint.step)
+        return full_disk(paths[0]) if checkpoint.step == 4 else write(paths, checkpoint)
 
     monkeypatch.setattr(folder, "write_checkpoint", write_later)
     result = train()
@@ -57,7 +57,7 @@ def test_a_failed_save_is_told_and_the_next_one_tries_again(train, tmp_path, mon
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_failed_final_save_is_exit_code_1(train, monkeypatch, stopped):
-    monkeypatch.setattr(folder, "write_checkpoint", lambda paths, payload: full_disk(paths[0]))
+    monkeypatch.setattr(folder, "write_checkpoint", lambda paths, checkpoint: full_disk(paths[0]))
     draw = Corpus.batch
 
     def batch(corpus, k, device):

@@ -11,8 +11,8 @@ import click
 from niels_gpt.cli.shared.options import PATH, Command, device_option
 
 if TYPE_CHECKING:
+    from niels_gpt.checkpoint import Checkpoint
     from niels_gpt.inference.generate import Sampling
-    from niels_gpt.inference.load import Trained
 
 
 class Generation(NamedTuple):
@@ -26,7 +26,7 @@ class Generation(NamedTuple):
     seed: int
     device: str
 
-    def prepare(self) -> tuple[Trained, Sampling]:
+    def prepare(self) -> tuple[Checkpoint, Sampling]:
         """Load the model, and check how it is to be drawn from.
 
         One byte is too little work to share, so torch computes with one thread from now on. On a

@@ -1,0 +1,42 @@
+"""The files of a run's folder: what they are called, and which of a folder's files are theirs."""
+
+import os
+import re
+from pathlib import Path
+
+LATEST = "latest.pt"
+BEST = "best.pt"
+METRICS = "metrics.jsonl"
+
+_PERIODIC = re.compile(r"step_([0-9]{7,})\.pt")
+
+
+def step_name(step: int) -> str:
+    """Return the name of the periodic checkpoint after this many updates."""
+    return f"step_{step:07d}.pt"
+
+
+def step_of_name(name: str) -> int | None:
+    """Return the step that the name of a periodic checkpoint promises; None for other names."""
+    match = _PERIODIC.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return latest.pt, the periodic checkpoints from the newest on, best.pt."""
+    names = set(os.listdir(folder))
+    periodic = {name: step for name in names if (step := step_of_name(name)) is not None}
+    ordered = [LATEST, *sorted(periodic, key=lambda name: -periodic[name]), BEST]
+    return [folder / name for name in ordered if name in names]
+
+
+def run_files(folder: Path) -> list[Path]:
+    """Return what a run writes: the checkpoints of the folder, and its metrics."""
+    metrics = folder / METRICS
+    return [*checkpoints_in(folder), *([metrics] if os.path.lexists(metrics) else [])]
+
+
+def periodic_checkpoints(folder: Path) -> dict[int, Path]:
+    """Return the periodic checkpoints of a folder by the step that their names promise."""
+    steps = {path: step_of_name(path.name) for path in checkpoints_in(folder)}
+    return {step: path for path, step in steps.items() if step is not None}
