@@ -32,7 +32,8 @@ class StreamBuildConfig:
 
     Required sources that cannot be built raise, unless `allow_missing_sources`; enabled ones that
     are not required are left out. `write_cache=False` reads the cache and leaves it as it is;
-    `fetch=False` takes WikiText-103 from the cache or not at all.
+    `fetch=False` takes WikiText-103 from the cache or not at all. `places` says where a source
+    lies, by its name; it comes before `wiki_root`, `roam_root` and `primer_path`.
     """
 
     roam_root: str | Path = field(default_factory=lambda: paths.ROAM_DIR)
@@ -45,25 +46,26 @@ class StreamBuildConfig:
     delimiter: str = DIALOGUE_DELIM
     force_rebuild: bool = False
     allow_missing_sources: bool = False
-    enabled_sources: tuple[str, ...] = tuple(SOURCES)
+    enabled_sources: tuple[str, ...] = ("wiki", "roam", "primer")
     required_sources: tuple[str, ...] = ("wiki", "roam", "primer")
     T: int = 256
     wiki_root: str | Path | None = None
     wiki_fallback: bool = False
     write_cache: bool = True
     fetch: bool = True
-    places: Mapping[str, str | Path] = field(default_factory=dict)  # by source, before the above
+    places: Mapping[str, str | Path] = field(default_factory=dict)  # by source
 
 
 def locate(places: Mapping[str, str | Path], *, write_cache: bool = True) -> StreamBuildConfig:
     """Return where the sources are read from: as given by name, else their default places.
 
-    FileNotFoundError for a place that is given and is not there: only at its default place may
-    a source be absent.
+    A source that is given is enabled. FileNotFoundError for a place that is given and does not
+    exist: a source may be absent from its default place only.
     """
     for name, place in places.items():
         check_place(name, place)
-    return StreamBuildConfig(places=places, write_cache=write_cache)
+    enabled = dict.fromkeys([*StreamBuildConfig.enabled_sources, *places])
+    return StreamBuildConfig(places=places, enabled_sources=tuple(enabled), write_cache=write_cache)
 
 
 class SourceInfo(NamedTuple):

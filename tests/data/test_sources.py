@@ -45,8 +45,10 @@ def books(root, **changes):
 def test_an_entry_in_the_table_is_all_that_streams_need(root, monkeypatch):
     monkeypatch.setitem(SOURCES, "book", Source("FILE", "A book.", a_book, must_be="file"))
     (root / "book.txt").write_text("Call me Ishmael. " * 9)
-    places = locate({"book": root / "book.txt"}).places
-    train, val = books(root, places=places)
+    found = locate({"book": root / "book.txt"})
+    assert "book" in found.enabled_sources
+    assert "book" not in locate({}).enabled_sources
+    train, val = books(root, places=found.places)
     assert train["book"] + val["book"] == (root / "book.txt").read_bytes()
     assert describe_sources(train)["book"].origin == "book"
     assert (root / "cache/book_train.bin").exists()
