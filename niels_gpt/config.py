@@ -195,6 +195,17 @@ def to_dict(obj: Any) -> dict[str, Any]:
     return dataclasses.asdict(obj)
 
 
+def dotted(doc: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Return each value of nested dicts by its dotted path, such as "train.p_train.wiki"."""
+    flat: dict[str, Any] = {}
+    for key, value in doc.items():
+        if isinstance(value, Mapping):
+            flat |= dotted(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 # --- config documents --------------------------------------------------------------------------
 
 

@@ -1,11 +1,12 @@
 """What checkpoints hold, whether they are good, and how two differ."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from niels_gpt.checkpoint import Checkpoint, open_checkpoint
+from niels_gpt.config import dotted
 from niels_gpt.files import names
 from niels_gpt.files.torchfile import CheckpointError
 from niels_gpt.model.flops import parameter_count
@@ -110,7 +111,7 @@ def _change(name: str, a: Any, b: Any) -> Change:
 
 
 def _different_settings(a: Checkpoint, b: Checkpoint) -> Iterable[tuple[str, Any, Any]]:
-    one, other = (_flat(_settings(c)) for c in (a, b))
+    one, other = (dotted(_settings(c)) for c in (a, b))
     for key in {**one, **other}:
         values = one.get(key, MISSING), other.get(key, MISSING)
         if values[0] != values[1]:
@@ -129,13 +130,3 @@ def _settings(c: Checkpoint) -> dict[str, Any]:
         "sources": c.sources or {},
         "environment": c.environment,
     }
-
-
-def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -1,7 +1,7 @@
 """A resolved config and the origin of each value. Standard library only."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from niels_gpt.config import (
     SECTIONS,
     apply_overrides,
     config_from_dict,
+    dotted,
     load_json,
     to_dict,
 )
@@ -42,16 +43,16 @@ def resolve(
     doc = {} if path is None else load_json(path, max_bytes=MAX_CONFIG_BYTES)
     where = DEFAULT if path is None else str(path)
     resolved = _document(apply_overrides(doc, overrides, where=where), where)
-    origins = dict.fromkeys(_flat(resolved), DEFAULT)
+    origins = dict.fromkeys(dotted(resolved), DEFAULT)
     if path is not None:
-        origins = _claim(origins, _flat(doc), where)
+        origins = _claim(origins, dotted(doc), where)
     for override in overrides:
         origins = _claim(origins, [override.partition("=")[0].strip()], OVERRIDE)
-    defaults = _flat(_document({}, DEFAULT))
+    defaults = dotted(_document({}, DEFAULT))
     meanings = _meanings()
     settings = [
         Setting(key, value, origins[key], defaults.get(key), meanings[_field_of(key)])
-        for key, value in _flat(resolved).items()
+        for key, value in dotted(resolved).items()
     ]
     return settings, resolved
 
@@ -59,17 +60,6 @@ def resolve(
 def _document(doc: object, where: str) -> dict[str, Any]:
     configs = config_from_dict(doc, where=where, from_file=True)
     return {name: to_dict(config) for name, config in zip(SECTIONS, configs, strict=True)}
-
-
-def _flat(doc: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Name each value by its dotted path."""
-    flat: dict[str, Any] = {}
-    for key, value in doc.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _claim(origins: dict[str, str], keys: Iterable[str], origin: str) -> dict[str, str]:

@@ -32,7 +32,13 @@ class Commands(click.Group):
             return super().invoke(ctx)
 
 
-@click.group(cls=Commands, context_settings=HELP, invoke_without_command=True, no_args_is_help=True)
+@click.group(
+    cls=Commands,
+    context_settings=HELP,
+    invoke_without_command=True,
+    no_args_is_help=True,
+    subcommand_metavar="COMMAND [ARGS]...",
+)
 @click.option("--version", is_flag=True, help="Show versions and the device.")
 @click.pass_context
 def main(ctx: click.Context, version: bool) -> None:

@@ -12,6 +12,7 @@ import click
 from niels_gpt.cli.shared.options import (
     HELP,
     PATH,
+    Option,
     Places,
     device_option,
     json_option,
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
 PARTS = ("noise", "sharpness", "documents")
 
 
+def _count(name: str, default: int, text: str | None = None) -> Option:
+    return click.option(
+        name, type=click.IntRange(1), default=default, show_default=True, metavar="N", help=text
+    )
+
+
 @click.command(
     context_settings=HELP,
     epilog="Example: niels-gpt inspect --ckpt checkpoints/best.pt --roam ~/notes --only documents",
@@ -37,24 +44,10 @@ PARTS = ("noise", "sharpness", "documents")
 @click.option("--ckpt", type=PATH, required=True, metavar="PATH", help="Checkpoint.")
 @click.option("--only", type=click.Choice(PARTS), multiple=True, help="This part, not all three.")
 @source_options
-@click.option("--batches", type=click.IntRange(1), default=4, show_default=True, metavar="N")
-@click.option(
-    "--iterations",
-    type=click.IntRange(1),
-    default=20,
-    show_default=True,
-    metavar="N",
-    help="Most Hessian products for each sharpness.",
-)
-@click.option(
-    "--windows",
-    type=click.IntRange(1),
-    default=2,
-    show_default=True,
-    metavar="N",
-    help="Most pieces scored of each note.",
-)
-@click.option("--top", type=click.IntRange(1), default=10, show_default=True, metavar="N")
+@_count("--batches", 4)
+@_count("--iterations", 20, "Most Hessian products for each sharpness.")
+@_count("--windows", 2, "Most pieces scored of each note.")
+@_count("--top", 10)
 @device_option("cpu")
 @json_option("Print one JSON object, all notes in it.")
 def main(
