@@ -24,6 +24,7 @@ from niels_gpt.config import (
     load_json,
     to_dict,
 )
+from niels_gpt.data.sources import SOURCES
 from tests import ROOT
 from tests.strategies import json_values, model_configs, probabilities, train_configs
 
@@ -284,7 +285,7 @@ def test_a_config_from_a_file_has_to_suit_bytes_from_files(tmp_path):
     doc = {"model": {"V": 64}, "train": {"p_train": {"mine": 1.0}}}
     message = refusal(doc, from_file=True)
     assert "model.V=64" in message
-    assert "train.p_train.mine (known: wiki, roam, primer)" in message
+    assert f"train.p_train.mine (known: {', '.join(SOURCES)})" in message
     with pytest.raises(ValueError, match=r"model\.V=64"):
         load_config_from_json(write(tmp_path, doc))
     model_cfg, train_cfg = config_from_dict(doc, where="a checkpoint")
