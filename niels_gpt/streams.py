@@ -1,11 +1,11 @@
-"""From texts to byte streams: where each source comes from, how it is split, what is known of it.
+"""From texts to byte streams: the origin, split, size and digest of each source.
 
 A source ("wiki", "roam", "primer") becomes two `bytes`, train and val, by a recipe: a JSON-like
-dict that names every input, and a function that makes the two. The cache serves streams whose
-recorded inputs equal the recipe's; otherwise both are built, and cached.
+dict that names every input, and a function that builds both. The cache serves streams whose
+recorded inputs equal the recipe's; otherwise both are built and cached.
 
-Nothing here prints. What the user should know lies in the returned dicts: `missing` (source ->
-why it was left out), `messages` (sentences), and `describe_sources` for origin, size and digest.
+Nothing here prints. Information for the user is in the returned dicts: `missing` (source -> why it
+was left out), `messages`, and `describe_sources` for origin, size and digest.
 """
 
 import contextlib
@@ -28,12 +28,11 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class StreamBuildConfig:
-    """What to build and from where; a relative `cache_dir` lies under `paths.REPO_ROOT`.
+    """What to build and from where; a relative `cache_dir` is below `paths.REPO_ROOT`.
 
-    Required sources that cannot be built raise, unless `allow_missing_sources`; enabled ones that
-    are not required are left out. `write_cache=False` reads the cache and leaves it as it is;
-    `fetch=False` takes WikiText-103 from the cache or not at all. `places` says where a source
-    lies, by its name; it comes before `wiki_root`, `roam_root` and `primer_path`.
+    Required sources that cannot be built raise, unless `allow_missing_sources`; others are left
+    out. `write_cache=False` reads the cache without changing it; `fetch=False` takes WikiText-103
+    only from the cache. `places` overrides `wiki_root`, `roam_root` and `primer_path` by name.
     """
 
     roam_root: str | Path = field(default_factory=lambda: paths.ROAM_DIR)
@@ -57,10 +56,12 @@ class StreamBuildConfig:
 
 
 def locate(places: Mapping[str, str | Path], *, write_cache: bool = True) -> StreamBuildConfig:
-    """Return where the sources are read from: as given by name, else their default places.
+    """Return where to read the sources: the given places, else the defaults.
 
-    A source that is given is enabled. FileNotFoundError for a place that is given and does not
-    exist: a source may be absent from its default place only.
+    A source with a given place is enabled.
+
+    Raises:
+        FileNotFoundError: if a given place does not exist. Only a default place may be absent.
     """
     for name, place in places.items():
         check_place(name, place)
@@ -69,10 +70,10 @@ def locate(places: Mapping[str, str | Path], *, write_cache: bool = True) -> Str
 
 
 class SourceInfo(NamedTuple):
-    """One stream as users are told about it; all but `place` is the same on every machine."""
+    """The description of a stream; all but `place` is the same on every machine."""
 
-    origin: str  # what the text is, e.g. "notes" or "WikiText-103"; "given" when unknown
-    place: str  # the folder or file it was read from, "" where there is none
+    origin: str  # e.g. "notes" or "WikiText-103"; "given" if unknown
+    place: str  # the folder or file it was read from, "" if there is none
     nbytes: int
     sha256: str
 
@@ -80,12 +81,12 @@ class SourceInfo(NamedTuple):
         return f"{self.origin}, {self.nbytes:,} bytes, sha256 {self.sha256[:12]}"
 
     def record(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of it."""
+        """Return the fields stored in a checkpoint."""
         return {"origin": self.origin, "bytes": self.nbytes, "sha256": self.sha256}
 
 
 class Built(NamedTuple):
-    """A stream and what is known of it."""
+    """A stream with its description."""
 
     stream: bytes
     info: SourceInfo
@@ -93,9 +94,9 @@ class Built(NamedTuple):
 
 
 class Sources(dict[str, bytes]):
-    """Streams by source name, with what is known of them beside.
+    """Streams by source name, with their descriptions.
 
-    `missing` says why an enabled source is absent, `messages` are sentences for the user.
+    `missing` says why an enabled source is absent; `messages` are for the user.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Sources(dict[str, bytes]):
         self.messages = list(messages)
 
     def left_out(self) -> list[str]:
-        """Say of each absent source why."""
+        """Return a message for each absent source."""
         return [f"{name}: left out ({why})" for name, why in self.missing.items()]
 
 
@@ -123,12 +124,13 @@ build_primer_stream = to_bytes
 def build_sources(cfg: StreamBuildConfig | None = None) -> tuple[Sources, Sources]:
     """Build every enabled source; return (train, val), each a dict from name to stream.
 
-    The wiki text is that of `wiki_root` (or of `data/wiki/` under the root, where it exists); else
+    The wiki text is in `wiki_root` (or in `data/wiki/` below the root, if that exists); else it is
     WikiText-103, cached or through `datasets`; else, with `wiki_fallback`, Python's documentation.
 
-    Raises RuntimeError for a required source that cannot be built, ValueError for a stream shorter
-    than T + 1 (of a source that is not required, the val split is left out instead) and for
-    names in `enabled_sources` and `required_sources` that do not fit.
+    Raises:
+        RuntimeError: if a required source cannot be built.
+        ValueError: if a stream is shorter than T + 1 (the val split of a source that is not
+            required is left out instead), or for an unknown or inconsistent source name.
     """
     cfg = cfg or StreamBuildConfig()
     _check(cfg)
@@ -163,9 +165,9 @@ def build_train_val_sources(
 ) -> tuple[dict[str, bytes], dict[str, bytes]]:
     """Build what a run needs: (train, val) with T and seed from the run's configs.
 
-    Train has those sources of `p_train` (probability above 0) that are there. Val has "wiki" at
-    least, on which every run is evaluated, whether or not it trains on it. Notes and primer may be
-    missing and the wiki text may be the fallback text, but a wiki folder must be complete.
+    Train has the available sources of `p_train` with probability above 0. Val always has "wiki",
+    on which every run is evaluated even if it does not train on it. Notes and primer may be
+    missing, and the wiki text may be the fallback text, but a wiki folder must be complete.
     """
     wanted = [name for name, probability in train_cfg.p_train.items() if probability > 0]
     cfg = replace(
@@ -185,21 +187,22 @@ def build_train_val_sources(
 
 
 def fetch_wikitext(cfg: StreamBuildConfig | None = None) -> tuple[Sources, Sources]:
-    """Get WikiText-103 into the cache; return (train, val). What is cached already is not fetched.
+    """Download WikiText-103 into the cache unless it is there; return (train, val).
 
-    RuntimeError says why it cannot be had.
+    Raises:
+        RuntimeError: saying why it is not available.
     """
     cfg = cfg or StreamBuildConfig()
     messages: list[str] = []
     try:
         train, val = _make("wiki", wikitext_recipe(reading("wiki", cfg)), cfg, messages)
     except Unavailable as why:
-        raise RuntimeError(f"{WIKITEXT} cannot be had: {why}") from why
+        raise RuntimeError(f"{WIKITEXT} is not available: {why}") from why
     return Sources({"wiki": train}, {}, messages), Sources({"wiki": val}, {}, messages)
 
 
 def describe_sources(sources: Mapping[str, bytes]) -> dict[str, SourceInfo]:
-    """Say of each stream what it is, its size and digest; hashes only what was not built here."""
+    """Return the description of each stream; only streams not built here are hashed."""
     return {name: _describe(sources, name) for name in sources}
 
 
@@ -221,10 +224,10 @@ def _only(sources: dict[str, bytes], names: Collection[str]) -> dict[str, bytes]
 
 def _check(cfg: StreamBuildConfig) -> None:
     if unknown := [name for name in cfg.enabled_sources if name not in SOURCES]:
-        raise ValueError(f"unknown sources {unknown}; there are {list(SOURCES)}")
+        raise ValueError(f"unknown sources {unknown}; known: {list(SOURCES)}")
     if extra := [name for name in cfg.required_sources if name not in cfg.enabled_sources]:
         raise ValueError(
-            "required_sources has to be a subset of enabled_sources "
+            "required_sources must be a subset of enabled_sources "
             f"{list(cfg.enabled_sources)}, but has {extra}"
         )
 
@@ -246,7 +249,7 @@ def _long_enough(built: Built, source: str, split: str, T: int) -> Built:
 
 
 def reading(source: str, cfg: StreamBuildConfig) -> Reading:
-    """Return how a source is read; the config has fields of their own for three of them."""
+    """Return how to read a source; three of them have their own fields in the config."""
     shared = Reading(
         place="",
         seed=cfg.seed,
@@ -269,7 +272,7 @@ def reading(source: str, cfg: StreamBuildConfig) -> Reading:
 
 
 def _build(source: str, cfg: StreamBuildConfig, messages: list[str]) -> tuple[Built, Built]:
-    """Follow the first recipe that is available; say so where that is not the first of all."""
+    """Use the first recipe that is available; add a message if it is a fallback."""
     wanted, *others = SOURCES[source].recipes(reading(source, cfg))
     try:
         return _make(source, wanted, cfg, messages)
@@ -278,17 +281,19 @@ def _build(source: str, cfg: StreamBuildConfig, messages: list[str]) -> tuple[Bu
             with contextlib.suppress(Unavailable):
                 built = _make(source, recipe, cfg, messages)
                 messages.append(
-                    f"{source}: the fallback text is used, the {recipe.origin}. For other text, "
+                    f"{source}: using the fallback text, {recipe.origin}. For other text, "
                     f"{wanted.remedy}, or make {wanted.origin} available: {why}"
                 )
                 return built
-        raise Unavailable(f"{why}. Or {wanted.remedy}" if wanted.remedy else str(why)) from why
+        raise Unavailable(
+            f"{why}. Alternatively, {wanted.remedy}" if wanted.remedy else str(why)
+        ) from why
 
 
 def _make(
     source: str, recipe: Recipe, cfg: StreamBuildConfig, messages: list[str]
 ) -> tuple[Built, Built]:
-    """Take both streams from the cache, or build them and cache them where that is possible."""
+    """Take both streams from the cache, or build them and cache them if possible."""
     messages += [f"{source}: {message}" for message in recipe.messages]
     folder = paths.REPO_ROOT / cfg.cache_dir
     names = [f"{source}_{split}" for split in SPLITS]
@@ -300,13 +305,13 @@ def _make(
     if streams is None:
         train, val = recipe.build()
         if not train:
-            raise Unavailable(f"there is no text in it ({recipe.place or recipe.origin})")
+            raise Unavailable(f"it has no text ({recipe.place or recipe.origin})")
         streams = [cache.digest(train), cache.digest(val)]
         if cfg.write_cache and not _is_spared(folder, names, recipe):
             try:
                 cache.write_streams(folder, zip(names, metas, streams, strict=True))
             except OSError as error:
-                messages.append(f"cache: {error}; without it the streams are built anew each time")
+                messages.append(f"cache: {error}; the streams are rebuilt each time")
     train_stream, val_stream = streams
     return _built(recipe, train_stream), _built(recipe, val_stream)
 
@@ -317,14 +322,14 @@ def _cached(
     try:
         found = [cache.read_stream(folder, *pair) for pair in zip(names, metas, strict=True)]
     except cache.DamagedCacheError as damage:
-        messages.append(f"cache: {damage}, so it is built again")
+        messages.append(f"cache: {damage}; rebuilding it")
         return None
     streams = [stream for stream in found if stream is not None]
     return streams if len(streams) == len(found) else None
 
 
 def _is_spared(folder: Path, names: list[str], recipe: Recipe) -> bool:
-    """Tell whether the cache holds what took a download, which `recipe` would replace."""
+    """Return whether the cache holds a download that `recipe` would replace."""
     return bool(recipe.spares) and cache.read_meta(folder, names[0]).get("origin") == recipe.spares
 
 

@@ -238,7 +238,7 @@ def test_no_other_text_replaces_a_cached_wikitext(home, monkeypatch, other):
 def test_the_default_is_told_in_one_line_with_the_way_to_the_real_thing(home):
     train, _ = build_sources(wiki_only(home, wiki_fallback=True))
     (note,) = train.messages
-    assert note.startswith("wiki: the fallback text is used, the Python 3")
+    assert note.startswith("wiki: using the fallback text, Python 3")
     assert "--wiki DIR" in note
     assert note.endswith("no network")
     assert "\n" not in note
@@ -254,7 +254,7 @@ def test_a_wiki_folder_that_was_named_has_to_be_complete(home, names):
     (home / "named").mkdir()
     for name in names:
         (home / "named" / name).write_text("text" * 9)
-    with pytest.raises(RuntimeError, match=r"named does not have train\.txt and val\.txt"):
+    with pytest.raises(RuntimeError, match=r"named must have train\.txt and val\.txt"):
         build_sources(wiki_only(home, wiki_root=home / "named", wiki_fallback=True))
 
 
@@ -455,7 +455,7 @@ def test_required_sources_have_to_be_enabled(home):
 
 
 def test_unknown_sources_are_named(home):
-    with pytest.raises(ValueError, match=r"unknown sources \['books'\]; there are \['wiki', 'r"):
+    with pytest.raises(ValueError, match=r"unknown sources \['books'\]; known: \['wiki', 'r"):
         build_sources(config(home, enabled_sources=(*NAMES, "books")))
 
 
@@ -478,7 +478,7 @@ LOSSES = {
     "one dialogue": ("primer", lambda h: (h / "primer.txt").write_text("a" * 99), "validation"),
     "empty wiki": ("wiki", lambda h: (h / "wiki/train.txt").write_text(""), "no text"),
     "empty wiki val": ("wiki", lambda h: (h / "wiki/val.txt").write_text(""), "validation"),
-    "a folder for a file": ("wiki", folder_for_val, "does not have"),
+    "a folder for a file": ("wiki", folder_for_val, "must have"),
 }
 
 
@@ -565,7 +565,7 @@ def test_a_run_goes_without_notes_and_says_so(home):
     cfg = config(home, roam_root=home / "none")
     train, _ = build_train_val_sources(MODEL, TrainConfig(), build_cfg=cfg)
     assert train.keys() == {"wiki", "primer"}
-    why = f"no notes (*.md) under {home / 'none'}, which is no folder"
+    why = f"no notes (*.md) under {home / 'none'}, which is not a folder"
     assert train.missing == {"roam": why}
     p = renormalise(TrainConfig().p_train, train)
     assert p == pytest.approx({"wiki": 0.784 / 0.804, "primer": 0.02 / 0.804})
@@ -588,7 +588,7 @@ def test_a_run_trains_on_what_p_train_names_and_is_evaluated_on_the_wiki(home, p
 
 def test_a_run_does_not_train_past_an_incomplete_wiki_folder(home):
     (home / "wiki/val.txt").unlink()
-    with pytest.raises(RuntimeError, match=r"'wiki' cannot be built: the folder .*wiki does not"):
+    with pytest.raises(RuntimeError, match=r"'wiki' cannot be built: the folder .*wiki must have"):
         build_train_val_sources(MODEL, TrainConfig(), build_cfg=config(home))
 
 

@@ -1,4 +1,4 @@
-"""Look at the sources without training: what there is, how it is split, what was left out."""
+"""A report on the sources: what exists, how it is split, what was left out."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ CACHED, STALE, UNCACHED = "cached", "cached from other input", "not cached"
 
 
 class LeftOut(NamedTuple):
-    """A file or folder that is not read, or not read as it is, and why."""
+    """A file or folder that is not read, or is altered when read, and why."""
 
     path: str
     reason: str
@@ -25,26 +25,26 @@ class Split(NamedTuple):
 
     nbytes: int
     sha256: str
-    documents: int | None  # notes or dialogues; None where that is not known
+    documents: int | None  # notes or dialogues; None if unknown
     cache: str  # `CACHED`, `STALE` or `UNCACHED`
 
 
 class Source(NamedTuple):
-    """What there is to know of a source."""
+    """The report on a source."""
 
     name: str
-    problem: str | None  # why it cannot be used; the fields below but `left_out` are then empty
+    problem: str | None  # why it cannot be used; most fields below are then empty
     origin: str
     place: str
-    files: int | None  # that it is read from; None where there are none of the user's
+    files: int | None  # number of files read; None if the text is not the user's
     splits: dict[str, Split]
     left_out: list[LeftOut]
-    altered: list[LeftOut]  # read, but not as they are
+    altered: list[LeftOut]  # read with replacements
     notes: list[str]
 
 
 def survey(cfg: StreamBuildConfig) -> list[Source]:
-    """Look at each enabled source by itself; nothing is written and nothing is fetched."""
+    """Report on each enabled source; nothing is written or downloaded."""
     cfg = replace(cfg, write_cache=False, fetch=False, required_sources=(), wiki_fallback=True)
     return [_look(name, replace(cfg, enabled_sources=(name,))) for name in cfg.enabled_sources]
 
@@ -80,7 +80,7 @@ def _look(name: str, cfg: StreamBuildConfig) -> Source:
 
 
 def _look_among_notes(cfg: StreamBuildConfig) -> tuple[list[Path], list[LeftOut], list[str]]:
-    """Return the notes, what is left out, and a word on files of other suffixes."""
+    """Return the notes, what is left out, and messages about files with other suffixes."""
     root = Path(streams.reading("roam", cfg).place)
     if not root.exists():
         return [], [], []
@@ -99,7 +99,7 @@ def _split(
 
 
 def cache_state(cfg: StreamBuildConfig, name: str, split: str, sha256: str) -> str:
-    """Say whether the cache holds the stream with this digest."""
+    """Return whether the cache holds the stream with this digest."""
     meta = cache.read_meta(paths.REPO_ROOT / cfg.cache_dir, f"{name}_{split}")
     if not meta:
         return UNCACHED
@@ -107,12 +107,12 @@ def cache_state(cfg: StreamBuildConfig, name: str, split: str, sha256: str) -> s
 
 
 def altered(files: Sequence[Path]) -> list[LeftOut]:
-    """List the files that are not UTF-8: their bytes are replaced where they are not."""
+    """List the files that are not valid UTF-8, whose invalid bytes are replaced."""
     found = []
     for path in files:
         data = path.read_bytes()
         if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-            found.append(LeftOut(str(path), "UTF-16, read as if it were UTF-8: save it as UTF-8"))
+            found.append(LeftOut(str(path), "UTF-16, but read as UTF-8: save it as UTF-8"))
         elif lost := _replaced(data):
             found.append(LeftOut(str(path), f"not UTF-8: {lost} characters were replaced"))
     return found

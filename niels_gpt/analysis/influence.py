@@ -1,4 +1,4 @@
-"""Influence: what training on a document does to the validation loss, to first order.
+"""Influence: the first-order effect of training on a document on the validation loss.
 
 Shapes: n pieces of documents, T positions.
 """
@@ -19,11 +19,11 @@ from niels_gpt.optim.trees import Tree
 from niels_gpt.state import TrainState
 from niels_gpt.streams import StreamBuildConfig, reading
 
-BLOCK = 32  # pieces of documents that are padded to one tensor at a time
+BLOCK = 32  # pieces of documents padded into one tensor
 
 
 class Influence(NamedTuple):
-    """What training on a document does to the validation loss, to first order."""
+    """The influence of a document on the validation loss."""
 
     name: str
     nbytes: int
@@ -31,10 +31,10 @@ class Influence(NamedTuple):
 
 
 def validation_gradient(state: TrainState, stream: bytes, batches: int) -> tuple[Tree, float]:
-    """Return v, the gradient on the first batches of `evaluate`, and v . g of as many after them.
+    """Return v, the gradient on the first batches of `evaluate`, and v . g for as many after them.
 
-    The second is |G|^2 of the whole stream without bias. |v|^2 is not: it has the noise of v in it,
-    tr(Sigma) / rows, which late in a run is most of it. Without dropout.
+    The latter is an unbiased estimate of |G|^2. |v|^2 is not: it includes the noise of v,
+    tr(Sigma) / rows, which dominates late in a run. Without dropout.
     """
     cfg, model_cfg = state.train_cfg, state.model_cfg
     drawn = eval_batches(
@@ -65,14 +65,14 @@ def influences(
 
     A gradient step of size lr on document d changes the validation loss by -lr v . g_d + O(lr^2),
     where g_d is the gradient of the mean loss over its bytes (Pruthi et al. 2020, TracIn, arXiv
-    2002.08484, at one checkpoint). The value is v . g_d / unit; with the v . g of other validation
-    text as the unit, 1 helps as much as a step on that, 0 not at all, below 0 it hurts. All
+    2002.08484, at one checkpoint). The value is v . g_d / unit. If the unit is the v . g of other
+    validation text, 1 helps as much as a step on that, 0 not at all, below 0 it hurts. All
     v . g_d come from one forward-mode pass along v; no document is differentiated backwards.
 
     Args:
-        documents: names and UTF-8; each of 2 bytes or more.
+        documents: names and UTF-8 text; each of at least 2 bytes.
         unit: the v . g that counts as 1; see `validation_gradient`.
-        windows: how many stretches of at most T + 1 bytes to take of each, evenly spread.
+        windows: maximum number of evenly spread pieces of T + 1 bytes to take of each.
     """
     device = params["tok_emb.weight"].device
     pieces = [
@@ -84,7 +84,7 @@ def influences(
         x, y = (ids.to(device) for ids in pad([piece for _, piece in block], cfg.T))
         slopes = row_slopes(params, direction, (x, y), cfg).tolist()
         for (i, piece), slope in zip(block, slopes, strict=True):
-            sums[i] += slope * cfg.T  # a slope is of the sum over the piece, divided by T
+            sums[i] += slope * cfg.T  # a slope is the sum over the piece, divided by T
             counts[i] += len(piece) - 1
         on_progress(start + len(block), len(pieces))
     return [
@@ -102,16 +102,14 @@ def notes_worth(
     windows: int = 2,
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[Influence]:
-    """Return the influence of each note on the loss on the validation stream.
+    """Return the influence of each note on the loss of the validation stream.
 
     Raises:
-        ValueError: if so few batches do not show which way the loss falls.
+        ValueError: if the gradient of so few batches is lost in noise.
     """
     direction, unit = validation_gradient(state, val_stream, batches)
     if not unit > 0:
-        raise ValueError(
-            f"the gradient of {batches} validation batches is lost in their noise: take more"
-        )
+        raise ValueError(f"the gradient of {batches} validation batches is lost in noise: use more")
     return influences(
         state.params,
         direction,
@@ -126,10 +124,10 @@ def notes_worth(
 def training_notes(
     cfg: StreamBuildConfig, seed: int, *, min_bytes: int = 64
 ) -> list[tuple[str, bytes]]:
-    """Return the notes that a run of this seed trains on, named by their path below the folder.
+    """Return the notes that a run with this seed trains on, named by path below the folder.
 
     Raises:
-        ValueError: if there are none of `min_bytes` or more.
+        ValueError: if none has at least `min_bytes`.
     """
     how = reading("roam", cfg)
     root = os.path.abspath(how.place)
@@ -141,12 +139,12 @@ def training_notes(
         if len(text) >= max(2, min_bytes)
     ]
     if not found:
-        raise ValueError(f"{root}: no notes (*.md) of {min_bytes} bytes or more")
+        raise ValueError(f"{root}: no notes (*.md) of at least {min_bytes} bytes")
     return found
 
 
 def cut(text: bytes, T: int, windows: int) -> list[bytes]:
-    """Cut at most `windows` stretches of T + 1 bytes out of a text, evenly spread."""
+    """Cut at most `windows` evenly spread pieces of T + 1 bytes out of a text."""
     last = len(text) - (T + 1)
     if last <= 0:
         return [text]
@@ -156,9 +154,9 @@ def cut(text: bytes, T: int, windows: int) -> list[bytes]:
 
 
 def pad(pieces: Sequence[bytes], T: int) -> Batch:
-    """Make x and y, each (n, T), of pieces of 2 to T + 1 bytes.
+    """Return x and y, each (n, T), for pieces of 2 to T + 1 bytes.
 
-    What lies behind a piece has the target -100, which `cross_entropy` leaves out.
+    Padding has the target -100, which `cross_entropy` ignores.
     """
     x = torch.zeros(len(pieces), T, dtype=torch.int64)
     y = torch.full((len(pieces), T), -100)

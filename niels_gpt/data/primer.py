@@ -10,7 +10,7 @@ DIALOGUE_DELIM = "\n\n<dialogue>\n\n"
 
 
 def recipes(how: Reading) -> list[Recipe]:
-    """Make each dialogue of the file a document; the separator parts them there too."""
+    """Make each dialogue of the file a document; `separator` is also the file's delimiter."""
     path = Path(os.path.abspath(how.place))
     if not path.is_file():
         raise Unavailable(f"no primer file at {path}")

@@ -1,38 +1,38 @@
-"""What a reader of text gives: recipes, which name their inputs and make two streams of them."""
+"""Recipes, which readers of text return: they name their inputs and build two streams."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-Documents = dict[str, list[str]]  # split -> its documents
+Documents = dict[str, list[str]]  # split -> documents
 
 
 class Reading(NamedTuple):
-    """How to read a source; each reader takes what concerns it."""
+    """How to read a source; each reader uses the fields it needs."""
 
-    place: str | Path  # the folder or file; "" where none is given and there is no default
+    place: str | Path  # the folder or file; "" if none is given and there is no default
     seed: int  # of the split
     separator: str  # between documents
     val_frac: float
-    load_wikitext: Callable[[], Documents] | None  # None: it may not be downloaded
-    fallback: bool  # whether other text may stand in
+    load_wikitext: Callable[[], Documents] | None  # None: do not download
+    fallback: bool  # whether a fallback text is allowed
 
 
 class Recipe(NamedTuple):
-    """How to make the two streams of a source, and from exactly which inputs."""
+    """How to build the two streams of a source, and from exactly which inputs."""
 
-    origin: str  # what the text is, e.g. "notes" or "WikiText-103"
-    place: str  # the folder or file it is read from, "" where there is none
+    origin: str  # e.g. "notes" or "WikiText-103"
+    place: str  # the folder or file it is read from, "" if there is none
     inputs: dict[str, Any]  # JSON-like; with `origin`: equal inputs, equal streams
     build: Callable[[], tuple[bytes, bytes]]  # train and val
-    documents: Callable[[], tuple[int, int]] | None = None  # how many are in train and val
-    messages: Sequence[str] = ()  # what the user should know
-    remedy: str = ""  # what the user can do where it is unavailable
+    documents: Callable[[], tuple[int, int]] | None = None  # their numbers in train and val
+    messages: Sequence[str] = ()  # for the user
+    remedy: str = ""  # what the user can do if it is unavailable
     spares: str = ""  # origin of a cached stream that this one must not replace
 
 
 class Unavailable(RuntimeError):
-    """A source cannot be built; the text says why."""
+    """A source cannot be built; the message says why."""
 
 
 def to_bytes(text: str) -> bytes:

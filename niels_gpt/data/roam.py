@@ -30,7 +30,7 @@ def recipes(how: Reading) -> list[Recipe]:
     root = Path(os.path.abspath(how.place))
     found, skipped = scan_notes(root)
     if not found:
-        no_folder = "" if root.is_dir() else ", which is no folder"
+        no_folder = "" if root.is_dir() else ", which is not a folder"
         raise Unavailable(f"no notes (*.md) under {root}{no_folder}")
     sides = split_roam_paths(found, val_frac=how.val_frac, seed=how.seed, root=root)
 

@@ -1,4 +1,4 @@
-"""The table of sources: a source of text is one entry here, and a reader beside this file."""
+"""The table of sources: each source of text is one entry here and a reader in this folder."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,12 +9,12 @@ from niels_gpt.data.recipe import Reading, Recipe
 
 
 class Source(NamedTuple):
-    """A source of text, under the name that configs and the option `--NAME` call it by."""
+    """A source of text; its key is its name in configs and in the option `--NAME`."""
 
     metavar: str  # of the option
     help: str
-    recipes: Callable[[Reading], Sequence[Recipe]]  # in order: the first that is available serves
-    must_be: str = ""  # a place that is named must be a "folder" or "file"; "": the reader says
+    recipes: Callable[[Reading], Sequence[Recipe]]  # the first available one is used
+    must_be: str = ""  # a named place must be a "folder" or "file"; "": the reader checks
 
 
 SOURCES = {
@@ -25,7 +25,7 @@ SOURCES = {
 
 
 def check_place(name: str, place: str | Path) -> None:
-    """Raise FileNotFoundError where the place that the user named for a source is not there."""
+    """Raise FileNotFoundError if the place that the user named for a source does not exist."""
     exists = {"folder": Path.is_dir, "file": Path.is_file}
     kind = SOURCES[name].must_be
     if kind and not exists[kind](Path(place)):

@@ -1,4 +1,4 @@
-"""The wiki text: a folder's, else WikiText-103, else the fallback text."""
+"""The wiki text: from a folder, else WikiText-103, else the fallback text."""
 
 import os
 from collections.abc import Callable
@@ -20,7 +20,7 @@ WIKITEXT = "WikiText-103"
 
 
 def recipes(how: Reading) -> list[Recipe]:
-    """Return the folder given, or `data/wiki/` where it exists; else WikiText and the fallback."""
+    """Return the recipe of the folder (default `data/wiki/`), else of WikiText and the fallback."""
     default = paths.REPO_ROOT / "data" / "wiki"
     folder = how.place or (default if default.is_dir() else None)
     if folder is not None:
@@ -31,14 +31,14 @@ def recipes(how: Reading) -> list[Recipe]:
 
 
 def wikitext_recipe(how: Reading) -> Recipe:
-    """Take WikiText-103 by the loader given."""
+    """Return the recipe of WikiText-103, using the given loader."""
 
     def load() -> Documents:
         if how.load_wikitext is None:
-            raise Unavailable(f"{WIKITEXT} is not in the cache; niels-gpt data fetch gets it")
+            raise Unavailable(f"{WIKITEXT} is not in the cache; niels-gpt data fetch downloads it")
         try:
             return how.load_wikitext()
-        except Exception as error:  # no package, no network, whatever the hub's client raises
+        except Exception as error:  # no package, no network, or anything the hub's client raises
             raise Unavailable(" ".join(str(error).split())) from error
 
     recipe = _docs_recipe(WIKITEXT, how.separator, load)
@@ -46,14 +46,14 @@ def wikitext_recipe(how: Reading) -> Recipe:
 
 
 def _folder_recipe(folder: Path) -> Recipe:
-    """Take the files' bytes as they are: each split is one document."""
+    """Use the raw bytes of the files; each split is one document."""
     for names in FILE_NAMES:
         train, val = (folder / name for name in names)
         if train.is_file() and val.is_file():
             break
     else:
-        wanted = ", nor ".join(" and ".join(names) for names in FILE_NAMES)
-        raise Unavailable(f"the folder {folder} does not have {wanted}")
+        wanted = ", or ".join(" and ".join(names) for names in FILE_NAMES)
+        raise Unavailable(f"the folder {folder} must have {wanted}")
     return Recipe(
         origin="folder",
         place=str(folder),

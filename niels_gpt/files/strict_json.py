@@ -1,4 +1,4 @@
-"""Strict JSON, and messages that say what is wrong with a file of it.
+"""Strict JSON, with messages that say what is wrong in a file.
 
 Standard library only, so that a bad config is reported before torch is imported.
 """
@@ -16,7 +16,7 @@ MAX_LISTED = 100  # problems in one message
 def parse_json(text: str) -> Any:
     """Parse one JSON value strictly as in RFC 8259; ValueError says what is wrong and where.
 
-    Refused beyond what `json` refuses: duplicate keys, NaN and Infinity, and nesting deeper than
+    Also rejected, unlike in `json`: duplicate keys, NaN and Infinity, and nesting deeper than
     the interpreter's stack. A number too large for a float becomes infinite, as in `json`.
     """
     try:

@@ -102,7 +102,7 @@ def test_the_unit_has_no_noise_of_the_sample_in_it():
 def test_a_validation_gradient_lost_in_noise_is_said(state, monkeypatch):
     v, _ = influence.validation_gradient(state, STREAM, 1)
     monkeypatch.setattr(influence, "validation_gradient", lambda *_: (v, -0.1))
-    with pytest.raises(ValueError, match="lost in their noise: take more"):
+    with pytest.raises(ValueError, match="lost in noise: use more"):
         influence.notes_worth(state, STREAM, NOTES)
 
 

@@ -114,15 +114,12 @@ def test_what_is_left_out_is_listed_with_its_reason(niels, where, root, tmp_path
     }
     assert {os.path.relpath(f["path"], notes): f["reason"] for f in found["altered"]} == {
         "latin.md": "not UTF-8: 180 characters were replaced",
-        "wide.md": "UTF-16, read as if it were UTF-8: save it as UTF-8",
+        "wide.md": "UTF-16, but read as UTF-8: save it as UTF-8",
     }
     assert found["files"] == 3
     lines = niels("data", "info", *where[:2], "--roam", notes).stdout.splitlines()
     assert f"  left out: {notes / 'loop'}: link to a folder" in lines
-    assert (
-        f"  altered: {notes / 'wide.md'}: UTF-16, read as if it were UTF-8: save it as UTF-8"
-        in lines
-    )
+    assert f"  altered: {notes / 'wide.md'}: UTF-16, but read as UTF-8: save it as UTF-8" in lines
 
 
 def test_a_long_list_is_cut_and_says_so(niels, where, tmp_path):
@@ -145,12 +142,13 @@ def test_no_utf8_file_is_said_to_be_altered(tmp_path, text):
 
 def test_info_goes_on_where_a_source_cannot_be_used(niels, root, texts, tmp_path):
     found = info(niels, "--wiki", tmp_path / "absent", "--roam", texts / "notes")
-    assert "does not have train.txt" in found["wiki"]["problem"]
+    assert "must have train.txt" in found["wiki"]["problem"]
     assert found["roam"]["problem"] is None
     text = niels("data", "info", "--wiki", tmp_path / "absent").stdout
     assert "wiki    not available: " in text
     assert (
-        f"roam    not available: no notes (*.md) under {paths.ROAM_DIR}, which is no folder" in text
+        f"roam    not available: no notes (*.md) under {paths.ROAM_DIR}, which is not a folder"
+        in text
     )
 
 
@@ -259,7 +257,7 @@ def test_what_is_fetched_once_needs_no_network_again(niels, root, monkeypatch):
 def test_a_fetch_that_fails_says_what_to_do(niels, root, monkeypatch):
     result = niels("data", "fetch")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "error: WikiText-103 cannot be had: no network\n"
+    assert result.stderr == "error: WikiText-103 is not available: no network\n"
 
 
 # --- sample ------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def recipe(origin, error="", **more):
             [recipe("first", "no network", remedy="give --book DIR"), recipe("second")],
             "second",
             [
-                "book: the fallback text is used, the second. "
+                "book: using the fallback text, second. "
                 "For other text, give --book DIR, or make first available: no network"
             ],
         ),
@@ -93,5 +93,5 @@ def test_the_first_recipe_that_is_available_serves(root, monkeypatch, candidates
 def test_where_no_recipe_is_available_the_first_one_says_why(root, monkeypatch):
     candidates = [recipe("first", "no network", remedy="give --book DIR"), recipe("second", "no")]
     monkeypatch.setitem(SOURCES, "book", Source("DIR", "A book.", lambda how: candidates))
-    with pytest.raises(RuntimeError, match=r"no network\. Or give --book DIR"):
+    with pytest.raises(RuntimeError, match=r"no network\. Alternatively, give --book DIR"):
         books(root)

@@ -10,21 +10,21 @@ import click
 from niels_gpt.data.sources import SOURCES
 
 PATH = click.Path(path_type=Path)
-CONFIG = click.Path()  # a str: a bare name means a config too; the type completes file names
+CONFIG = click.Path()  # a str, because a bare name is a config too; click.Path completes file names
 HELP = {"help_option_names": ["-h", "--help"]}
 
 Command = Callable[..., Any]
 Option = Callable[[Command], Command]
-Places = dict[str, Path]  # where the user says that a source lies, by its name
+Places = dict[str, Path]  # the place given for a source, by its name
 
 
 def json_option(text: str = "Print one JSON object.") -> Option:
-    """Return what adds --json; the command gets it as `as_json`."""
+    """Return a decorator that adds --json, passed as `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help=text)
 
 
 def device_option(default: str | None = None) -> Option:
-    """Return what adds --device; the command gets the name of a device that is there."""
+    """Return a decorator that adds --device; the command gets an available device."""
 
     def resolve(ctx: click.Context, param: click.Parameter, name: str | None) -> str:
         from niels_gpt.device import resolve_device
@@ -34,14 +34,14 @@ def device_option(default: str | None = None) -> Option:
         except ValueError as error:
             raise click.BadParameter(str(error)) from None
 
-    text = "cpu, mps or cuda" + "; by default mps where it is" * (default is None) + "."
+    text = "cpu, mps or cuda" + "; default mps, else cpu" * (default is None) + "."
     return click.option(
         "--device", default=default, callback=resolve, metavar="NAME", show_default=True, help=text
     )
 
 
 def source_options(command: Command) -> Command:
-    """Add an option for each source; the command gets those that are given as `places`."""
+    """Add an option for each source; the command gets the given ones as `places`."""
 
     @functools.wraps(command)
     def with_places(**given: Any) -> Any:
