@@ -103,10 +103,8 @@ def replay(
 ) -> Verdict:
     """Run from a state to that of `end`, up to the first saved one that is not met exactly.
 
-    No state can be had without the ones before it, so the search goes forward, once: every saved
-    state and every logged loss on the way is compared, and narrows the bracket of steps in which
-    the first difference lies. A loss that is met shows less than a saved state: it may round away
-    the last bits of a weight, and says nothing of the optimizer's state.
+    No state can be had without the ones before it, so the search goes forward, once, and compares
+    every saved state and every logged loss on the way.
 
     Args:
         state: where to begin, not after `end`.
@@ -115,8 +113,7 @@ def replay(
         logged: the train records of `metrics.jsonl` by step.
     """
     saved, step = {**between, end.step: end.path}, step_of(end)
-    same = agreed = state.step
-    doubt: int | None = None
+    known = _Known(state.step, state.step, None)
     notes: list[str] = []
     while True:
         if path := saved.get(state.step):
@@ -124,22 +121,42 @@ def replay(
             if there is None:
                 notes.append(f"{path.name} was passed over: {why}")
             elif found := differences(state, there):
-                differs = state.step if doubt is None else max(doubt, agreed + 1)
-                return Verdict(False, same, agreed, differs, path.name, found, notes)
+                differs = known.first_difference(state.step)
+                return Verdict(False, known.same, known.agreed, differs, path.name, found, notes)
             else:
-                if doubt is not None:
+                if known.doubt is not None:
                     notes.append(f"{METRICS} has other figures than the run of {path.name}")
-                same, agreed, doubt = state.step, state.step, None
+                known = _Known(state.step, state.step, None)
         if state.step == end.step:
-            return Verdict(True, same, agreed, None, end.path.name, [], notes)
+            return Verdict(True, known.same, known.agreed, None, end.path.name, [], notes)
         state, metrics = advance(state, corpus, step)
         on_step(state.step)
-        if doubt is None and state.step in logged:
-            wrong = _unlike(metrics, logged[state.step])
-            if "loss" not in wrong:  # the loss of a step is that of the state before it
-                agreed = state.step - 1
-            if wrong:
-                doubt = state.step - 1 if "loss" in wrong else state.step
+        if state.step in logged:
+            known = known.with_record(state.step, _unlike(metrics, logged[state.step]))
+
+
+class _Known(NamedTuple):
+    """What is known on the way: the bracket of steps in which the first difference lies, if any.
+
+    A loss that is met shows less than a saved state: it may round away the last bits of a weight,
+    and says nothing of the optimizer's state.
+    """
+
+    same: int  # as in `Verdict`
+    agreed: int
+    doubt: int | None  # the first step whose record has other figures
+
+    def with_record(self, step: int, wrong: list[str]) -> "_Known":
+        """Take in which figures of a step differ from its record; only the first doubt counts."""
+        if self.doubt is not None:
+            return self
+        if "loss" in wrong:  # the loss of a step is that of the state before it
+            return self._replace(doubt=step - 1)
+        return self._replace(agreed=step - 1, doubt=step if wrong else None)
+
+    def first_difference(self, saved: int) -> int:
+        """Return the first step known to differ, if the state saved after step `saved` does."""
+        return saved if self.doubt is None else max(self.doubt, self.agreed + 1)
 
 
 def _witness(path: Path, state: TrainState, end: Checkpoint) -> tuple[TrainState | None, str]:

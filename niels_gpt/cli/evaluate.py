@@ -20,7 +20,7 @@ from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.config import SOURCE_NAMES
 
 if TYPE_CHECKING:
-    from niels_gpt.analysis.evaluation import Report
+    from niels_gpt.analysis.score import Report
     from niels_gpt.state import TrainState
     from niels_gpt.streams import Sources
 
@@ -68,9 +68,9 @@ def main(
     if text is not None and (names or places):
         raise click.UsageError("--text cannot be combined with sources")
     with exit_on_failure(2):
-        from niels_gpt.analysis.evaluation import Full, Sampled, evaluate_checkpoint
+        from niels_gpt.analysis.score import Full, Sampled, score_checkpoint
 
-        report = evaluate_checkpoint(
+        report = score_checkpoint(
             ckpt,
             partial(_open_text, text, names, places),
             Full(stride, rows) if full else Sampled(seed, steps),
@@ -84,7 +84,7 @@ def main(
 def _open_text(
     file: Path | None, names: tuple[str, ...], places: Places, state: TrainState
 ) -> Sources:
-    from niels_gpt.analysis.evaluation import open_file, open_validation
+    from niels_gpt.analysis.score import open_file, open_validation
     from niels_gpt.streams import locate
 
     if file is not None:
