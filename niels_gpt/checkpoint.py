@@ -28,7 +28,7 @@ import torch
 
 from niels_gpt.config import ModelConfig, TrainConfig, config_from_dict, to_dict
 from niels_gpt.eval import Scores
-from niels_gpt.files.names import checkpoints_in, step_of_name
+from niels_gpt.files.names import checkpoint_files, step_of_name
 from niels_gpt.files.payload import file_size, read_payload, write_payload
 from niels_gpt.files.schema import MODEL_FIELDS, Payload, names_by_id, parameter_shapes
 from niels_gpt.files.torchfile import CheckpointError, show
@@ -180,7 +180,7 @@ def newest_good(
     """
     found: Checkpoint | None = None
     skipped = []
-    for path in checkpoints_in(Path(folder)):
+    for path in checkpoint_files(Path(folder)):
         promised = step_of_name(path.name)
         if found is not None and promised is not None and promised <= found.step:
             continue
@@ -259,8 +259,8 @@ def _optimizer_state(state: TrainState) -> dict[str, Any]:
     """As `to_modules(state)[1].state_dict()`, without copying a tensor."""
     shapes, cfg = parameter_shapes(state.model_cfg), state.train_cfg
     params = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    twin = optimizer_of(cfg).twin(params, lr=cfg.base_lr, weight_decay=cfg.weight_decay)
-    groups = twin.state_dict()["param_groups"]
+    optimizer = optimizer_of(cfg).torch_optim(params, lr=cfg.base_lr, weight_decay=cfg.weight_decay)
+    groups = optimizer.state_dict()["param_groups"]
     entries = to_entries(state.opt_state, shapes, state.step)
     ids = {name: i for i, name in names_by_id(groups, [*shapes]).items()}
     return {

@@ -52,7 +52,7 @@ def to_modules(state: TrainState) -> tuple[GPT, torch.optim.Optimizer]:
     """
     model = empty_model(state.model_cfg, state.device)
     params, cfg = dict(model.named_parameters()), state.train_cfg
-    optimizer = optimizer_of(cfg).twin(params, lr=cfg.base_lr, weight_decay=cfg.weight_decay)
+    optimizer = optimizer_of(cfg).torch_optim(params, lr=cfg.base_lr, weight_decay=cfg.weight_decay)
     with torch.no_grad():
         for name, p in params.items():
             p.copy_(state.params[name])

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from niels_gpt import ModelConfig, TrainConfig, streams, to_modules
 from niels_gpt.checkpoint import load_checkpoint, open_checkpoint
+from niels_gpt.files.torchfile import read_torch_file
 from niels_gpt.run.metrics import CLOCK_FIELDS
 from niels_gpt.train import main
 from tests import ROOT, SHARED
@@ -216,6 +217,20 @@ def test_resume_latest_takes_the_newest_good_one_and_says_what_it_skipped(train,
     assert result.exit_code == 0, result.stderr
     assert f"{out / 'latest.pt'}: skipped" in result.stderr
     assert contents(out) == whole
+
+
+def test_a_resume_reads_its_checkpoint_once(train, tmp_path, monkeypatch):
+    train("--out", tmp_path / "out")
+    reads = []
+
+    def read(path):
+        reads.append(path.name)
+        return read_torch_file(path)
+
+    monkeypatch.setattr("niels_gpt.files.payload.read_torch_file", read)
+    more = ["--set", "train.total_steps=8"]
+    assert train("--resume", "latest", "--out", tmp_path / "out", *more).exit_code == 0
+    assert reads.count("latest.pt") == 1
 
 
 def test_a_checkpoint_of_an_imperative_loop_resumes(train, tmp_path):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from niels_gpt.checkpoint import Checkpoint, open_checkpoint
 from niels_gpt.config import dotted
-from niels_gpt.files import names
+from niels_gpt.files.names import checkpoint_files
 from niels_gpt.files.torchfile import CheckpointError
 from niels_gpt.model.flops import parameter_count
 
@@ -66,7 +66,7 @@ def checkpoints_in(path: Path) -> list[Path]:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if not path.is_dir():
         return [path]
-    found = names.checkpoints_in(path)
+    found = checkpoint_files(path)
     if not found:
         raise FileNotFoundError(f"{path}: no checkpoints in this folder")
     return found

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from niels_gpt.checkpoint import Checkpoint, open_checkpoint
 from niels_gpt.config import ModelConfig
 from niels_gpt.corpus import Corpus, advance, next_batch, open_corpus
-from niels_gpt.files.names import BEST, LATEST, METRICS, checkpoints_in, periodic_checkpoints
+from niels_gpt.files.names import BEST, LATEST, METRICS, checkpoint_files, periodic_files
 from niels_gpt.files.torchfile import CheckpointError
 from niels_gpt.loss import gradients, row_blocks, row_losses
 from niels_gpt.lr_schedule import lr_of_step
@@ -198,7 +198,7 @@ def replay_files(
     between = {
         step: path
         for folder in {end.parent, *([start.parent] if start else [])}
-        for step, path in periodic_checkpoints(folder).items()
+        for step, path in periodic_files(folder).items()
         if state.step < step < last.step
     }
     logged = {
@@ -339,9 +339,9 @@ def view_files(
 
 def _nearest(folder: Path, step: int, device: str) -> Checkpoint:
     """Open the last checkpoint before a step; the first after it where there is none before."""
-    steps = {path: number for number, path in periodic_checkpoints(folder).items()}
+    steps = {path: number for number, path in periodic_files(folder).items()}
     opened: dict[Path, Checkpoint] = {}  # these names promise no step
-    for path in {folder / LATEST, folder / BEST} & set(checkpoints_in(folder)):
+    for path in {folder / LATEST, folder / BEST} & set(checkpoint_files(folder)):
         with contextlib.suppress(CheckpointError):
             opened[path] = open_checkpoint(path, device)
             steps[path] = opened[path].step

@@ -22,7 +22,7 @@ def step_of_name(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
+def checkpoint_files(folder: Path) -> list[Path]:
     """Return latest.pt, the periodic checkpoints from the newest on, best.pt."""
     names = set(os.listdir(folder))
     periodic = {name: step for name in names if (step := step_of_name(name)) is not None}
@@ -33,10 +33,10 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def run_files(folder: Path) -> list[Path]:
     """Return what a run writes: the checkpoints of the folder, and its metrics."""
     metrics = folder / METRICS
-    return [*checkpoints_in(folder), *([metrics] if os.path.lexists(metrics) else [])]
+    return [*checkpoint_files(folder), *([metrics] if os.path.lexists(metrics) else [])]
 
 
-def periodic_checkpoints(folder: Path) -> dict[int, Path]:
+def periodic_files(folder: Path) -> dict[int, Path]:
     """Return the periodic checkpoints of a folder by the step that their names promise."""
-    steps = {path: step_of_name(path.name) for path in checkpoints_in(folder)}
+    steps = {path: step_of_name(path.name) for path in checkpoint_files(folder)}
     return {step: path for path, step in steps.items() if step is not None}

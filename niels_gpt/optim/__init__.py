@@ -24,10 +24,10 @@ class Optimizer(NamedTuple):
 
     init: Callable[[Tree], OptState]
     update: Callable[..., tuple[Tree, OptState]]  # signature as `adamw.update`
-    twin: Callable[..., torch.optim.Optimizer]  # (name -> parameter, *, lr, weight_decay)
+    torch_optim: Callable[..., torch.optim.Optimizer]  # (name -> parameter, *, lr, weight_decay)
 
 
-OPTIMIZERS = {"adamw": Optimizer(adamw.init, adamw.update, adamw.twin)}
+OPTIMIZERS = {"adamw": Optimizer(adamw.init, adamw.update, adamw.torch_optim)}
 
 
 def optimizer_of(cfg: TrainConfig) -> Optimizer:

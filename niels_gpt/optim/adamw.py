@@ -51,7 +51,9 @@ def update(
     return new_params, AdamWState(mean, mean_sq)
 
 
-def twin(params: Mapping[str, Tensor], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def torch_optim(
+    params: Mapping[str, Tensor], *, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
     """Return the equivalent torch.optim optimizer, which updates in place."""
     return torch.optim.AdamW(
         params.values(), lr=lr, betas=BETAS, eps=EPS, weight_decay=weight_decay

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from niels_gpt.files.names import (
-    checkpoints_in,
-    periodic_checkpoints,
+    checkpoint_files,
+    periodic_files,
     run_files,
     step_name,
     step_of_name,
@@ -30,8 +30,8 @@ def test_a_runs_files_are_the_names_of_the_contract_in_order(tmp_path):
     for name in OWN + OTHERS:
         (tmp_path / name).write_bytes(b"")
     assert run_files(tmp_path) == [tmp_path / name for name in OWN]
-    assert checkpoints_in(tmp_path) == [tmp_path / name for name in OWN[:-1]]
-    assert periodic_checkpoints(tmp_path) == {
+    assert checkpoint_files(tmp_path) == [tmp_path / name for name in OWN[:-1]]
+    assert periodic_files(tmp_path) == {
         12345678: tmp_path / "step_12345678.pt",
         1: tmp_path / "step_0000001.pt",
     }

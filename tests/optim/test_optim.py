@@ -158,12 +158,12 @@ def test_a_clipped_update_is_the_clip_and_the_update(name):
     assert same(clipped_update(optimizer, params, grads, opt_state, max_norm=0.5, **rest), expected)
 
 
-def test_its_twin_does_the_same_in_place(name):
+def test_its_torch_optim_does_the_same_in_place(name):
     optimizer = OPTIMIZERS[name]
     params = random_params(0)
     opt_state = optimizer.init(params)
     modules = {n: torch.nn.Parameter(p.clone()) for n, p in params.items()}
-    twin = optimizer.twin(modules, lr=0.01, weight_decay=0.1)
+    theirs = optimizer.torch_optim(modules, lr=0.01, weight_decay=0.1)
     for count in (1, 2, 3):
         grads = random_params(count)
         params, opt_state = optimizer.update(
@@ -171,12 +171,12 @@ def test_its_twin_does_the_same_in_place(name):
         )
         for n, p in modules.items():
             p.grad = grads[n]
-        twin.step()
+        theirs.step()
     assert_close_trees(params, {n: p.detach() for n, p in modules.items()}, rtol=1e-5, atol=1e-5)
     entries = to_entries(opt_state, params, 3)
     for n, p in modules.items():
-        assert twin.state[p].keys() == entries[n].keys()
-        torch.testing.assert_close(dict(twin.state[p]), entries[n], rtol=1e-5, atol=1e-6)
+        assert theirs.state[p].keys() == entries[n].keys()
+        torch.testing.assert_close(dict(theirs.state[p]), entries[n], rtol=1e-5, atol=1e-6)
 
 
 def test_entries_hold_the_whole_state(name):
