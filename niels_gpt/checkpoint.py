@@ -42,9 +42,9 @@ SourceRecords = dict[str, dict[str, dict[str, Any]]]  # split -> source -> origi
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A point of a run, and what else it takes to go on from there exactly.
+    """A state of a run, with everything needed to resume it exactly.
 
-    The configs are those of the file: of another program, `train_cfg` may be anything.
+    The configs are as in the file: `train_cfg` of another program may be anything.
     """
 
     model_cfg: dict[str, Any]
@@ -75,7 +75,7 @@ class Checkpoint:
 
     @cached_property
     def state(self) -> TrainState:
-        """Return the state, to be continued under its own configs.
+        """Return the state under its own configs.
 
         Raises:
             ValueError: as `configs` and `state_under`.
@@ -83,9 +83,9 @@ class Checkpoint:
         return self.state_under(*self.configs)
 
     def state_under(self, model_cfg: ModelConfig, train_cfg: TrainConfig) -> TrainState:
-        """Return the state, to be continued under these configs.
+        """Return the state under these configs, to continue with them.
 
-        Without an optimizer state the optimizer starts from zero; `messages` says so.
+        Without an optimizer state, the optimizer starts from zero; `messages` says so.
 
         Raises:
             ValueError: with a line per field, if the model is not of this shape.
@@ -98,7 +98,7 @@ class Checkpoint:
 
     @property
     def messages(self) -> list[str]:
-        """Say what a resume from here cannot carry on exactly, a line each."""
+        """Return what a resume from here cannot continue exactly, one line each."""
         messages = []
         if self.digest is None:
             messages.append(
@@ -149,12 +149,12 @@ def write_checkpoint(paths: Sequence[str | os.PathLike[str]], checkpoint: Checkp
 
 
 def checkpoint_size(checkpoint: Checkpoint) -> int:
-    """Return how many bytes the file of a checkpoint has."""
+    """Return the size of a checkpoint's file in bytes, to within a percent or so."""
     return file_size(payload_of(checkpoint))
 
 
 def open_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Checkpoint:
-    """Read a checkpoint and verify it; its parameters go to `device`, all else stays on the CPU.
+    """Read and verify a checkpoint; its parameters go to `device`, all else stays on the CPU.
 
     Nothing in the file is executed. Checked, in this order, before any tensor is used: the kind
     and size of the file, the zip directory, every CRC, the instructions of the pickle, then all
@@ -201,10 +201,10 @@ def _opened(path: Path, device: str | torch.device) -> Checkpoint:
 def parse_payload(
     payload: Payload, path: Path = Path(), device: str | torch.device = "cpu"
 ) -> Checkpoint:
-    """Return the checkpoint that a checked payload is; inverse of `payload_of`.
+    """Parse a checked payload; inverse of `payload_of`.
 
     Raises:
-        CheckpointError: if scores, sources or environment hold something else.
+        CheckpointError: if scores, sources or environment are not what this program writes.
     """
     names = parameter_shapes(ModelConfig(**payload["model_cfg"]))
     return Checkpoint(
@@ -222,7 +222,7 @@ def parse_payload(
 
 
 def payload_of(checkpoint: Checkpoint) -> Payload:
-    """Return what the file holds; the last three keys if it was trained on known text."""
+    """Return the dict of the file; without `sources` it has pr-06's six keys alone."""
     c = checkpoint
     scores = c.scores._asdict()
     six = {
@@ -240,7 +240,7 @@ def payload_of(checkpoint: Checkpoint) -> Payload:
 
 @contextlib.contextmanager
 def _hinting(path: Path) -> Iterator[None]:
-    """Add to an error the path, and what there is to use instead."""
+    """Add to an error the path, and a good checkpoint to use instead."""
     try:
         yield
     except CheckpointError as error:
@@ -291,8 +291,8 @@ def _opt_state(
 
 # --- the keys beside pr-06's six -----------------------------------------------------------------
 
-# A checkpoint of another program may lack them; one that holds something else under these names is
-# refused, since a resume would rely on it.
+# A file of another program may lack them. Anything unexpected under these names is refused, because
+# a resume would rely on it.
 
 _STREAM = {"origin": str, "bytes": int, "sha256": str}
 
@@ -368,7 +368,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | os.PathLike[str], *, device: str | torch.device) -> Payload:
-    """Read a checkpoint as the dict that it is, verify it, and put its tensors on `device`.
+    """Read and verify a checkpoint as a dict, with its tensors on `device`.
 
     Raises:
         FileNotFoundError, CheckpointError: as `open_checkpoint`.

@@ -1,4 +1,4 @@
-"""The files of a run's folder: what they are called, and which of a folder's files are theirs."""
+"""The names of the files in a run's folder."""
 
 import os
 import re
@@ -17,13 +17,13 @@ def step_name(step: int) -> str:
 
 
 def step_of_name(name: str) -> int | None:
-    """Return the step that the name of a periodic checkpoint promises; None for other names."""
+    """Return the step in the name of a periodic checkpoint; None for other names."""
     match = _PERIODIC.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Return latest.pt, the periodic checkpoints from the newest on, best.pt."""
+    """List the checkpoints of a folder: latest.pt, the periodic ones newest first, best.pt."""
     names = set(os.listdir(folder))
     periodic = {name: step for name in names if (step := step_of_name(name)) is not None}
     ordered = [LATEST, *sorted(periodic, key=lambda name: -periodic[name]), BEST]
@@ -31,12 +31,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def run_files(folder: Path) -> list[Path]:
-    """Return what a run writes: the checkpoints of the folder, and its metrics."""
+    """List the files of a run in a folder: its checkpoints and metrics."""
     metrics = folder / METRICS
     return [*checkpoint_files(folder), *([metrics] if os.path.lexists(metrics) else [])]
 
 
 def periodic_files(folder: Path) -> dict[int, Path]:
-    """Return the periodic checkpoints of a folder by the step that their names promise."""
+    """Return the periodic checkpoints of a folder by the step in their names."""
     steps = {path: step_of_name(path.name) for path in checkpoint_files(folder)}
     return {step: path for path, step in steps.items() if step is not None}

@@ -34,7 +34,7 @@ def write_payload(paths: Sequence[str | os.PathLike[str]], payload: Mapping[str,
 
 
 def read_payload(path: Path) -> Payload:
-    """Read a file and check all of it: container, content, and the digest where there is one.
+    """Read a file and check all of it: container, content, and the digest if there is one.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -47,7 +47,7 @@ def read_payload(path: Path) -> Payload:
 
 
 def file_size(payload: Mapping[str, Any]) -> int:
-    """Return how many bytes the file of a payload has, its tensors finite or not."""
+    """Return the size of a payload's file in bytes; the payload is not checked."""
     return len(_encoded(canonical_payload(payload), "0" * 64))
 
 

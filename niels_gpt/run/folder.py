@@ -64,7 +64,7 @@ class Folder:
         self._claimed = True
 
     def _files_of_another_run(self) -> list[Path]:
-        """Return what must move aside: of the run that is resumed, only what came later."""
+        """List the files to move aside: of the resumed run, only those of later steps."""
         there, resumed = run_files(self.path), self._plan.resumed
         if resumed is None or not _is_in(resumed.path, self.path):
             return there
@@ -73,14 +73,14 @@ class Folder:
         return [*later, *metrics] if later else []
 
     def _is_later(self, path: Path, resumed: Checkpoint) -> bool:
-        """Tell whether a file of the folder is a checkpoint of a later step, or not a good one."""
+        """Return whether a file of the folder is a checkpoint of a later step, or damaged."""
         if (promised := step_of_name(path.name)) is not None:
             return promised > resumed.step
         if path.name in (METRICS, resumed.path.name):
             return False
         try:
             return open_checkpoint(path).step > resumed.step
-        except (CheckpointError, FileNotFoundError):  # the latter for a link to nowhere
+        except (CheckpointError, FileNotFoundError):  # the latter for a dangling link
             return True
 
     def _sync_metrics(self) -> None:
