@@ -1,4 +1,4 @@
-"""Checkpoints: a value, and files that are written whole or not at all and verified before use.
+"""Checkpoints: a value, and files that are written atomically and verified before use.
 
 A file is pr-06's plain dict through `torch.save`::
 
@@ -7,13 +7,13 @@ A file is pr-06's plain dict through `torch.save`::
     optimizer_state        state_dict() of the torch.optim optimizer, or None
     step                   finished updates
     best_val_loss          nats, or None
-    scores                 the other evaluations: best_step, val_loss, val_step
+    scores                 other evaluation results: best_step, val_loss, val_step
     sources                split -> source -> origin, bytes, sha256 of the text
-    environment            what else can change bits
+    environment            other conditions that can change bits
     digest                 SHA-256 of all of the above
 
-It holds no clock, path or process id: the same content is the same bytes. Files of a plain loop
-load as well: the first six keys, any optimizer of torch.optim, any train_cfg, no digest.
+It contains no clock, path or process id: equal content gives equal bytes. Files of a plain loop
+load too: the first six keys, any optimizer of torch.optim, any train_cfg, no digest.
 """
 
 import contextlib
@@ -53,22 +53,22 @@ class Checkpoint:
     optimizer_state: dict[str, Any] | None  # the state_dict of a torch.optim optimizer
     step: int  # finished updates
     scores: Scores
-    sources: SourceRecords | None  # what it was trained on; None where the file does not say
-    environment: dict[str, Any]  # what else can change bits
-    digest: str | None = None  # of its file; None in a file of another program
+    sources: SourceRecords | None  # the text it was trained on; None if not recorded
+    environment: dict[str, Any]  # other conditions that can change bits
+    digest: str | None = None  # of its file; None if another program wrote it
     path: Path = Path()  # where it was read from
 
     @cached_property
     def cfg(self) -> ModelConfig:
-        """Return the shape of the model."""
+        """Return the model config."""
         return ModelConfig(**self.model_cfg)
 
     @cached_property
     def configs(self) -> tuple[ModelConfig, TrainConfig]:
-        """Return its own configs.
+        """Return the configs of the file.
 
         Raises:
-            ValueError: if they are not those of this program.
+            ValueError: if they are not valid configs of this program.
         """
         sections = {"model": self.model_cfg, "train": self.train_cfg}
         return config_from_dict(sections, where=f"the configs in {self.path}")
@@ -110,8 +110,8 @@ class Checkpoint:
         counts = {float(entry["step"]) for entry in entries if "step" in entry}
         if counts - {torch.tensor(self.step, dtype=torch.float32).item()}:
             messages.append(
-                f"the checkpoint's step is {self.step}, its optimizer counted"
-                f" {', '.join(f'{count:g}' for count in sorted(counts))} updates; the step is used"
+                f"the checkpoint's step is {self.step}, but its optimizer counted"
+                f" {', '.join(f'{count:g}' for count in sorted(counts))} updates; using the step"
             )
         return messages
 
@@ -139,11 +139,11 @@ def checkpoint_of(
 
 
 def write_checkpoint(paths: Sequence[str | os.PathLike[str]], checkpoint: Checkpoint) -> str:
-    """Write a checkpoint under each name in turn, durably, and return its digest.
+    """Write a checkpoint durably under each name in turn; return its digest.
 
     Raises:
-        CheckpointError: if a value cannot be stored, or is not finite.
-        OSError: if a file cannot be written; that name and those after it keep what they held.
+        CheckpointError: if a value cannot be stored or is not finite.
+        OSError: if a file cannot be written; that name and those after it keep their content.
     """
     return write_payload(paths, payload_of(checkpoint))
 
@@ -173,10 +173,10 @@ def open_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "
 def newest_good(
     folder: str | os.PathLike[str], device: str | torch.device = "cpu"
 ) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
-    """Return the good checkpoint of the folder with the most steps, and those that were skipped.
+    """Return the good checkpoint with the most steps in a folder, and the skipped ones.
 
-    Of equals `latest.pt` comes first. A `step_*.pt` whose name promises no more than a good one
-    already found is not read.
+    Among equals, `latest.pt` is preferred. A `step_*.pt` is not read if a checkpoint with at least
+    as many steps has already been found.
     """
     found: Checkpoint | None = None
     skipped = []
@@ -248,15 +248,15 @@ def _hinting(path: Path) -> Iterator[None]:
             found, _ = newest_good(path if path.is_dir() else path.parent)
         except OSError:
             found = None
-        hint = f"; the newest good checkpoint there is {found.path.name}" if found else ""
+        hint = f"; the newest good checkpoint here is {found.path.name}" if found else ""
         raise CheckpointError(f"{path}: {error}{hint}") from None
 
 
-# --- the optimizer, as torch.optim keeps it ------------------------------------------------------
+# --- the optimizer state in torch.optim's format -------------------------------------------------
 
 
 def _optimizer_state(state: TrainState) -> dict[str, Any]:
-    """As `to_modules(state)[1].state_dict()`, without copying a tensor."""
+    """Return `to_modules(state)[1].state_dict()` without copying tensors."""
     shapes, cfg = parameter_shapes(state.model_cfg), state.train_cfg
     params = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     optimizer = optimizer_of(cfg).torch_optim(params, lr=cfg.base_lr, weight_decay=cfg.weight_decay)
@@ -272,14 +272,14 @@ def _optimizer_state(state: TrainState) -> dict[str, Any]:
 def _opt_state(
     optimizer_state: Mapping[str, Any] | None, names: list[str], initial: OptState
 ) -> OptState:
-    """Return what a state_dict holds, where there is one, on the device of the initial state."""
+    """Return the state in a state_dict on the device of `initial`; `initial` if there is none."""
     if optimizer_state is None or not optimizer_state["state"]:
         return initial
     ids = names_by_id(optimizer_state["param_groups"], names)
     if len(ids) != len(names):
         raise CheckpointError(
-            "the optimizer state has several parameter groups without names, so it is unknown"
-            " which parameter is which; to resume without it, set optimizer_state to None"
+            "the optimizer state has several parameter groups without names, so its parameters"
+            " cannot be identified; to resume without it, set optimizer_state to None"
         )
     entries = {name: optimizer_state["state"].get(i, {}) for i, name in ids.items()}
     try:
@@ -289,7 +289,7 @@ def _opt_state(
     return map_tensors(lambda zero, t: t.to(zero.device), initial, found)
 
 
-# --- the keys beside pr-06's six -----------------------------------------------------------------
+# --- keys beyond pr-06's six ---------------------------------------------------------------------
 
 # A file of another program may lack them. Anything unexpected under these names is refused, because
 # a resume would rely on it.
@@ -337,7 +337,7 @@ def _table(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     return value
 
 
-# --- as pr-06 has it -----------------------------------------------------------------------------
+# --- pr-06's functions ---------------------------------------------------------------------------
 
 
 def save_checkpoint(
@@ -353,8 +353,8 @@ def save_checkpoint(
     """Save a model and its optimizer durably; `train_cfg` may be any JSON-like dict.
 
     Raises:
-        CheckpointError: if a value cannot be stored, or is not finite.
-        OSError: if the file cannot be written; what was there before still is.
+        CheckpointError: if a value cannot be stored or is not finite.
+        OSError: if the file cannot be written; an earlier file remains.
     """
     payload = {
         "model_cfg": model_cfg,
@@ -383,7 +383,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, device: str | torch.device)
 def validate_model_config_match(
     loaded: Mapping[str, Any] | ModelConfig, current: Mapping[str, Any] | ModelConfig
 ) -> None:
-    """Raise ValueError with a line per field of the model in which the two differ."""
+    """Raise ValueError with a line for each model field that differs."""
     a, b = (c if isinstance(c, Mapping) else to_dict(c) for c in (loaded, current))
     missing = "(missing)"
     lines = [

@@ -1,4 +1,4 @@
-"""Evaluation: the mean loss over batches that depend on a seed alone."""
+"""Evaluation: the mean loss over batches that depend only on a seed."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -32,8 +32,8 @@ class Scores(NamedTuple):
 def evaluate(state: TrainState, stream: bytes, seed: int) -> float:
     """Return the mean cross entropy in nats over `eval_steps` batches of a stream.
 
-    B, T and eval_steps come from the state's configs. Same state, stream and seed, same result;
-    nothing is changed and no global randomness is read.
+    B, T and eval_steps come from the state's configs. The same state, stream and seed give the same
+    result; nothing is changed and no global randomness is used.
 
     Raises:
         ValueError: if the stream is shorter than T + 1.
@@ -55,8 +55,8 @@ def eval_loss_on_stream(
 ) -> float:
     """Return the mean cross entropy in nats of a module over `eval_steps` batches of a stream.
 
-    The training mode of each of its modules is restored, also when this raises. Its result is
-    `evaluate`'s.
+    The result equals `evaluate`'s. The training mode of every submodule is restored, also when this
+    raises.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -72,7 +72,7 @@ def eval_loss_on_stream(
 def eval_batches(
     stream: bytes, *, B: int, T: int, device: torch.device | str, eval_steps: int, seed: int
 ) -> Iterator[Batch]:
-    """Draw the batches of an evaluation, which depend on the seed alone."""
+    """Draw the batches of an evaluation, which depend only on the seed."""
     generator = make_generator(seed)
     for _ in range(eval_steps):
         yield get_batch(
@@ -81,7 +81,7 @@ def eval_batches(
 
 
 def batches_of(state: TrainState, stream: bytes, seed: int) -> Iterator[Batch]:
-    """Draw the batches that `evaluate(state, stream, seed)` takes the mean over."""
+    """Draw the batches of `evaluate(state, stream, seed)`."""
     cfg, T = state.train_cfg, state.model_cfg.T
     return eval_batches(
         stream, B=cfg.B, T=T, device=state.device, eval_steps=cfg.eval_steps, seed=seed
@@ -90,7 +90,7 @@ def batches_of(state: TrainState, stream: bytes, seed: int) -> Iterator[Batch]:
 
 @torch.no_grad()
 def _mean_loss(logits_of: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> float:
-    """Return the mean of the batches' mean losses, of which each is summed up in row blocks."""
+    """Return the mean of the batches' mean losses, each computed in blocks of rows."""
     losses = []
     for batch in batches:
         parts = [cross_entropy(logits_of(x), y, reduction="sum") for (x, y), _ in row_blocks(batch)]

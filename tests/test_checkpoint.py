@@ -199,7 +199,7 @@ GROUP = ("optimizer_state", "param_groups", 0)
 REFUSED = {
     "no model_cfg": (without(GOOD, "model_cfg"), "lacks the keys model_cfg"),
     "no step": (without(GOOD, "step"), "lacks the keys step"),
-    "a list": ([GOOD], "holds a list, not a dict"),
+    "a list": ([GOOD], "contains a list, not a dict"),
     "step true": (replaced(GOOD, "step", by=True), "step is a bool"),
     "step negative": (replaced(GOOD, "step", by=-1), "step is -1"),
     "step huge": (replaced(GOOD, "step", by=10**13), "step is 10"),
@@ -229,11 +229,11 @@ REFUSED = {
     ),
     "untied": (
         replaced(GOOD, "model_state", "lm_head.weight", by=torch.zeros(16, 4)),
-        "differs from its twin",
+        "differs from tok_emb",
     ),
     "nan": (
         replaced(GOOD, "model_state", "ln_f.bias", by=torch.full((4,), math.nan)),
-        r"ln_f\.bias holds a value that is not finite",
+        r"ln_f\.bias has a value that is not finite",
     ),
     "requires grad": (
         replaced(GOOD, "model_state", "ln_f.bias", by=torch.zeros(4, requires_grad=True)),
@@ -266,17 +266,17 @@ REFUSED = {
     "a moment that is no tensor": (replaced(GOOD, *MOMENT, by="x"), "exp_avg is a str"),
     "a moment that is not finite": (
         replaced(GOOD, *MOMENT, by=torch.full((16, 4), math.inf)),
-        "exp_avg holds a value that is not finite",
+        "exp_avg has a value that is not finite",
     ),
     "a step that is no number": (
         replaced(GOOD, "optimizer_state", "state", 0, "step", by=torch.zeros(2)),
         r"state\.0\.step is not a number",
     ),
     "no groups": (without(GOOD, "optimizer_state", "param_groups"), "not the state_dict"),
-    "a group without numbers": (without(GOOD, *GROUP, "params"), "numbers no parameters"),
+    "a group without numbers": (without(GOOD, *GROUP, "params"), "lists no parameters"),
     "a parameter twice": (
         replaced(GOOD, *GROUP, "params", by=[0, 0]),
-        "numbers a parameter twice",
+        "lists a parameter twice",
     ),
     "names that are no list": (replaced(GOOD, *GROUP, "param_names", by=3), "not a list of names"),
     "moments of nobody": (
@@ -419,7 +419,7 @@ def test_notes_are_silent_on_an_own_checkpoint_and_name_what_a_foreign_one_lacks
     assert parse_payload(with_digest(GOOD)).messages == []
     assert "another program" in parse_payload(GOOD).messages[0]
     other = with_digest(replaced(GOOD, "step", by=7))
-    assert "step is 7, its optimizer counted 3 updates" in parse_payload(other).messages[0]
+    assert "step is 7, but its optimizer counted 3 updates" in parse_payload(other).messages[0]
 
 
 def plain_payload(optimizer, model):

@@ -1,4 +1,4 @@
-"""The `checkpoint` commands: look at checkpoints, check them, compare them, export the model."""
+"""The `checkpoint` commands: inspect, verify, compare and export checkpoints."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @click.group(context_settings=HELP)
 def main() -> None:
-    """Show, verify, compare, export checkpoints."""
+    """Inspect, verify, compare and export checkpoints."""
 
 
 @main.command(epilog="Example: niels-gpt checkpoint info checkpoints/latest.pt")
 @click.argument("path", type=PATH)
 @json_option()
 def info(path: Path, as_json: bool) -> None:
-    """Show what a checkpoint holds.
+    """Show the content of a checkpoint.
 
-    Its step and losses, configs, the text it was trained on, and what it was trained with.
+    Prints its step, losses and configs, and the text and environment it was trained with.
     """
     with exit_on_failure(2):
         from niels_gpt.analysis.checkpoint_report import describe_checkpoint
@@ -40,9 +40,9 @@ def info(path: Path, as_json: bool) -> None:
 @click.argument("paths", type=PATH, nargs=-1, required=True, metavar="PATH...")
 @json_option()
 def verify(paths: tuple[Path, ...], as_json: bool) -> None:
-    """Check checkpoints to the last bit.
+    """Verify every byte of checkpoints.
 
-    Takes files, and folders for all that are in them. Exit code 0 if all are good, 1 if one is not.
+    Takes files and folders of checkpoints. Exit code 0 if all are good, 1 if any is bad.
     """
     with exit_on_failure(2):
         from niels_gpt.analysis import checkpoint_report
@@ -64,7 +64,7 @@ def verify(paths: tuple[Path, ...], as_json: bool) -> None:
 def diff(a: Path, b: Path, n: int, as_json: bool) -> None:
     """Show how checkpoint B differs from A.
 
-    In settings, step and losses, and the parameters that moved farthest.
+    Prints changed settings, step and losses, and the parameters that changed most.
     """
     with exit_on_failure(2):
         from niels_gpt.analysis.checkpoint_report import compare
@@ -77,12 +77,12 @@ def diff(a: Path, b: Path, n: int, as_json: bool) -> None:
 @main.command(epilog="Example: niels-gpt checkpoint export checkpoints/best.pt model.safetensors")
 @click.argument("path", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--force", is_flag=True, help="Replace files that are there.")
+@click.option("--force", is_flag=True, help="Replace existing files.")
 def export(path: Path, out: Path, force: bool) -> None:
     """Write the model as safetensors.
 
-    Its config comes as .json beside it. The output layer is the embedding and is stored once, as
-    tok_emb.weight.
+    Writes the config as .json beside it. The output layer shares its weight with the embedding,
+    which is stored once, as tok_emb.weight.
     """
     with exit_on_failure(2):
         from niels_gpt.inference.export import export as write_export
@@ -136,7 +136,7 @@ def _diff_lines(found: Comparison, n: int) -> list[str]:
     lines = [f"{key}: {a} -> {b}" for key, a, b in found.settings]
     if found.unlike:
         lines.append(
-            f"{len(found.unlike)} parameters are of different shape, or in one of them only"
+            f"{len(found.unlike)} parameters have different shapes or are in only one of them"
         )
     if found.parameters:
         lines += ["", f"{'parameter':<28}  {'relative':>9}  {'largest':>9}"]

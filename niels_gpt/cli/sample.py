@@ -1,4 +1,4 @@
-"""The `sample` command: text that goes on from a prompt."""
+"""The `sample` command: continue a prompt."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ GROUP = 64  # samples in one pass
     default="",
     show_default="a new line",
     metavar="TEXT",
-    help="What to go on from; - reads stdin.",
+    help="Text to continue; - reads stdin.",
 )
 @click.option("-n", "n", type=click.IntRange(1), default=1, help="Number of samples.")
 @json_option()
 @generation_options
 def main(prompt: str, n: int, as_json: bool, generation: Generation) -> None:
-    """Write text that goes on from a prompt, as it is generated.
+    """Continue a prompt, printing text as it is generated.
 
     The same checkpoint, prompt and seed give the same text. Sample i of -n is the same for
-    every n. An empty prompt begins with a new line.
+    every n. An empty prompt starts a new line.
     """
     with exit_on_failure(2):
         from niels_gpt.inference.generate import window_start
@@ -69,7 +69,7 @@ def main(prompt: str, n: int, as_json: bool, generation: Generation) -> None:
 
 
 def _read_prompt(prompt: str) -> bytes:
-    """Return the bytes of the prompt: stdin's as they are, an argument's as the shell gave them."""
+    """Return the raw bytes of the prompt, from stdin or the argument."""
     if prompt == "-":
         return sys.stdin.buffer.read()
     return prompt.encode("utf-8", "surrogateescape")
@@ -78,7 +78,7 @@ def _read_prompt(prompt: str) -> bytes:
 def _pieces(
     generation: Generation, trained: Checkpoint, sampling: Sampling, start: bytes
 ) -> Iterator[str]:
-    """Generate one sample; yield its text, the prompt first, as it grows."""
+    """Generate one sample; yield the prompt, then its text as it grows."""
     from niels_gpt.inference.generate import decode_stream, stream
 
     max_bytes, seed = generation.max_bytes, generation.seed
@@ -89,7 +89,7 @@ def _pieces(
 def _texts(
     generation: Generation, trained: Checkpoint, sampling: Sampling, start: bytes, n: int
 ) -> Iterator[bytes]:
-    """Generate n samples, some at a time."""
+    """Generate n samples in groups."""
     from niels_gpt.inference.generate import generate
 
     for first in range(0, n, GROUP):

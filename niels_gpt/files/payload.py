@@ -14,13 +14,13 @@ from niels_gpt.files.torchfile import CheckpointError, read_torch_file
 
 
 def write_payload(paths: Sequence[str | os.PathLike[str]], payload: Mapping[str, Any]) -> str:
-    """Write one payload under each name in turn, durably, and return its digest.
+    """Write a payload durably under each name in turn; return its digest.
 
-    What would not load again is not written: the payload passes the same checks as a loaded one.
+    It must pass the same checks as on loading, so a file that would not load is never written.
 
     Raises:
-        CheckpointError: if a value cannot be stored, or is not finite.
-        OSError: if a file cannot be written; that name and those after it keep what they held.
+        CheckpointError: if a value cannot be stored or is not finite.
+        OSError: if a file cannot be written; that name and those after it keep their content.
     """
     where = ", ".join(str(path) for path in paths)
     try:

@@ -1,7 +1,7 @@
-"""What a checkpoint may hold: its canonical form, its digest, and the checks on the way in.
+"""The schema of a checkpoint: its canonical form, its digest, and its validation.
 
 A payload is the dict of a checkpoint (its keys are listed in `niels_gpt.checkpoint`). The same
-checks guard the way out and the way back, so that whatever is written loads.
+checks apply on writing and on reading, so every file that is written loads.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ MAX_STEP = 10**12
 
 
 def canonical_payload(payload: Mapping[str, Any]) -> Payload:
-    """Return what the file is made of: compact CPU tensors, plain values, in one fixed order."""
+    """Return the content of the file: compact CPU tensors and plain values in a fixed order."""
     first = [key for key in KEYS if key in payload]
     seen: set[int] = set()
     clean: Payload = {
@@ -45,7 +45,7 @@ def canonical_payload(payload: Mapping[str, Any]) -> Payload:
         for key in first + sorted(payload.keys() - {*KEYS})
     }
     given = payload.get("model_state")
-    if isinstance(given, Mapping):  # in the order of the model, the tied weight once
+    if isinstance(given, Mapping):  # in the model's order, the tied weight once
         tensors = clean["model_state"]
         clean["model_state"] = {sys.intern(name): tensors[name] for name in given}
         if _same(given.get("tok_emb.weight"), given.get("lm_head.weight")):
@@ -54,9 +54,9 @@ def canonical_payload(payload: Mapping[str, Any]) -> Payload:
 
 
 def _canonical(value: object, where: str, seen: set[int], depth: int = 0) -> Any:
-    """Copy what has to be copied so that equal content pickles to equal bytes.
+    """Copy as needed so that equal content pickles to equal bytes.
 
-    Strings are interned because pickle writes a repeated object, not a repeated value, once.
+    Strings are interned because pickle deduplicates repeated objects, not repeated values.
     """
     if depth > MAX_DEPTH:
         raise CheckpointError(f"{where} is nested deeper than {MAX_DEPTH} levels")
@@ -80,11 +80,11 @@ def _canonical(value: object, where: str, seen: set[int], depth: int = 0) -> Any
     if isinstance(value, list | tuple):
         items = [_canonical(v, f"{where}[{i}]", seen, depth + 1) for i, v in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
-    raise CheckpointError(f"{where} is a {type(value).__name__}, which a checkpoint cannot hold")
+    raise CheckpointError(f"{where} is a {type(value).__name__}, which a checkpoint cannot store")
 
 
 def _compact(tensor: Tensor, seen: set[int]) -> Tensor:
-    """Return a contiguous CPU tensor that fills a storage of its own."""
+    """Return a contiguous CPU tensor that fills its own storage."""
     t = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
     storage = t.untyped_storage()
     if storage.nbytes() != t.nbytes or storage.data_ptr() in seen:
@@ -110,7 +110,7 @@ def _sorted_keys(value: Mapping[Any, Any], where: str) -> list[str | int]:
 
 
 def content_digest(payload: Mapping[str, Any]) -> str:
-    """SHA-256 over every key, type, dtype, shape and byte of a payload, its digest apart."""
+    """Return the SHA-256 of every key, type, dtype, shape and byte of a payload but its digest."""
     sha = hashlib.sha256()
     for chunk in _encoding({k: v for k, v in payload.items() if k != "digest"}):
         sha.update(chunk)
@@ -140,7 +140,7 @@ def _encoding(value: Any) -> Iterator[bytes | memoryview]:
 
 
 def _raw_bytes(t: Tensor) -> memoryview:
-    """View the memory of a contiguous CPU tensor; valid as long as the tensor is."""
+    """View the memory of a contiguous CPU tensor; valid while the tensor lives."""
     if not t.nbytes:
         return memoryview(b"")
     return memoryview((ctypes.c_char * t.nbytes).from_address(t.data_ptr()))
@@ -150,9 +150,9 @@ def _raw_bytes(t: Tensor) -> memoryview:
 
 
 def check_payload(payload: object) -> Payload:
-    """Return a copy of plain dicts and the same tensors, or raise naming the first difference."""
+    """Return a copy with plain dicts and the same tensors, or raise naming the first problem."""
     if not isinstance(payload, dict):
-        raise CheckpointError(f"holds a {type(payload).__name__}, not a dict")
+        raise CheckpointError(f"contains a {type(payload).__name__}, not a dict")
     clean = _check_value(payload, "", {}, iter(range(MAX_VALUES)))
     clean = {**dict.fromkeys(OPTIONAL), **clean}
     missing = [key for key in KEYS if key not in clean]
@@ -186,7 +186,7 @@ def _check_value(
     value: object, where: str, storages: dict[int, str], budget: Iterator[int], depth: int = 0
 ) -> Any:
     if next(budget, None) is None:
-        raise CheckpointError(f"holds more than {MAX_VALUES} values")
+        raise CheckpointError(f"contains more than {MAX_VALUES} values")
     if depth > MAX_DEPTH:
         raise CheckpointError(f"{where} is nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, Tensor):
@@ -217,7 +217,7 @@ def _check_size(value: object, where: str) -> None:
 
 
 def _check_tensor(t: Tensor, where: str, storages: dict[int, str]) -> None:
-    """One tensor, one storage, all of it; shared by the tied pair alone."""
+    """Check that a tensor fills its own storage, which only the tied pair may share."""
     if type(t) is not Tensor or t.layout is not torch.strided or t.device.type != "cpu":
         raise CheckpointError(f"{where} is not a plain tensor")
     if t.requires_grad or t.is_conj() or t.is_neg() or t.is_quantized:
@@ -245,7 +245,7 @@ def _model_config(model_cfg: Mapping[str, Any]) -> ModelConfig:
 
 
 def _check_model_state(model_state: dict[str, Any], cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Compare with the model's own config; return the shapes of the parameters."""
+    """Check against the model's config; return the shapes of the parameters."""
     shapes = parameter_shapes(cfg)
     expected = {**shapes, "lm_head.weight": shapes["tok_emb.weight"]}
     for name in sorted(expected.keys() ^ model_state.keys(), key=str):
@@ -254,7 +254,7 @@ def _check_model_state(model_state: dict[str, Any], cfg: ModelConfig) -> dict[st
     for name, shape in expected.items():
         _check_float_tensor(model_state[name], f"model_state.{name}", shape)
     if not _same(model_state["tok_emb.weight"], model_state["lm_head.weight"]):
-        raise CheckpointError("model_state.lm_head.weight differs from its twin tok_emb.weight")
+        raise CheckpointError("model_state.lm_head.weight differs from tok_emb.weight")
     model_state["lm_head.weight"] = model_state["tok_emb.weight"]
     return shapes
 
@@ -265,25 +265,27 @@ def _check_float_tensor(t: object, where: str, shape: tuple[int, ...]) -> None:
     if t.dtype != torch.float32:
         raise CheckpointError(f"{where} is {t.dtype}, not torch.float32")
     if tuple(t.shape) != shape:
-        raise CheckpointError(f"{where} has shape {tuple(t.shape)}, the config says {shape}")
+        raise CheckpointError(
+            f"{where} has shape {tuple(t.shape)}, but the config requires {shape}"
+        )
 
 
 def _check_optimizer_state(
     optimizer_state: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Check the layout that every torch.optim optimizer has, and the shapes of what ours keep."""
+    """Check the layout of a torch.optim state_dict and the shapes of our optimizers' tensors."""
     per_parameter, groups = optimizer_state.get("state"), optimizer_state.get("param_groups")
     if type(per_parameter) is not dict or type(groups) is not list:
         raise CheckpointError("optimizer_state is not the state_dict of a torch.optim optimizer")
     for i, group in enumerate(groups):
         where = f"optimizer_state.param_groups[{i}]"
         if type(group) is not dict or not _is_list_of(group.get("params"), int):
-            raise CheckpointError(f"{where} numbers no parameters")
+            raise CheckpointError(f"{where} lists no parameters")
         if not _is_list_of(group.get("param_names", []), str):
             raise CheckpointError(f"{where}.param_names is not a list of names")
     ids = [i for group in groups for i in group["params"]]
     if len(set(ids)) != len(ids):
-        raise CheckpointError("optimizer_state.param_groups numbers a parameter twice")
+        raise CheckpointError("optimizer_state.param_groups lists a parameter twice")
     names, fields = names_by_id(groups, list(shapes)), state_fields()
     for i, entry in per_parameter.items():
         where = f"optimizer_state.state.{show(i)}"
@@ -313,7 +315,7 @@ def _check_finite(value: object, where: str) -> None:
         for i, item in enumerate(value):
             _check_finite(item, f"{where}[{i}]")
     elif isinstance(value, Tensor) and not _is_finite(value):
-        raise CheckpointError(f"{where} holds a value that is not finite")
+        raise CheckpointError(f"{where} has a value that is not finite")
 
 
 def _is_finite(t: Tensor) -> bool:
@@ -326,9 +328,9 @@ def _is_finite(t: Tensor) -> bool:
 
 
 def parameter_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape in the order of `GPT(cfg).parameters()`, which is the optimizer's.
+    """Return name -> shape in the order of `GPT(cfg).parameters()`, which is the optimizer's.
 
-    One block stands for all of them, so that the depth a file claims costs nothing.
+    Only one block is built, so that a large depth in a file costs nothing.
     """
     one = {n: tuple(p.shape) for n, p in skeleton(replace(cfg, L=1)).named_parameters()}
     first = "blocks.0."
@@ -338,10 +340,10 @@ def parameter_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def names_by_id(groups: Sequence[Mapping[str, Any]], names: list[str]) -> dict[int, str]:
-    """Which parameter an optimizer means by its number; empty where that cannot be known.
+    """Return the name of each parameter number of an optimizer; empty if they are unknown.
 
-    One group over `model.parameters()` numbers them in their order; several groups number them in
-    an order of their own, known only when the optimizer was given names.
+    A single group over `model.parameters()` numbers them in order. Several groups use their own
+    order, which is known only if the optimizer was given names.
     """
     named = {
         i: name

@@ -1,4 +1,4 @@
-"""Open a checkpoint to use its model."""
+"""Loading a model from a checkpoint."""
 
 import os
 
@@ -8,16 +8,16 @@ from niels_gpt.checkpoint import Checkpoint, open_checkpoint
 
 
 def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Checkpoint:
-    """Open the checkpoint of a model of bytes, whatever program trained it; see `open_checkpoint`.
+    """Open the checkpoint of a byte-level model, from any program; see `open_checkpoint`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is not a good checkpoint.
-        ValueError: if its model does not know all 256 byte values.
+        CheckpointError: if it is invalid.
+        ValueError: if its vocabulary has fewer than 256 values.
     """
     checkpoint = open_checkpoint(path, device)
     if checkpoint.cfg.V < 256:
         raise ValueError(
-            f"{path}: a model of bytes needs model.V of at least 256, this has {checkpoint.cfg.V}"
+            f"{path}: a byte-level model needs model.V of at least 256, not {checkpoint.cfg.V}"
         )
     return checkpoint

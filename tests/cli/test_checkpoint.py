@@ -71,7 +71,7 @@ def test_a_missing_file_is_told(niels, checkpoint, command):
 def test_a_folder_is_no_checkpoint_but_holds_one(niels, checkpoint, tmp_path):
     result = niels("checkpoint", "info", tmp_path)
     assert result.exit_code == 2
-    assert "is a folder, not a checkpoint; the newest good checkpoint there is latest.pt" in (
+    assert "is a folder, not a checkpoint; the newest good checkpoint here is latest.pt" in (
         result.stderr
     )
 

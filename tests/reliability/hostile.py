@@ -394,7 +394,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a huge width": (
         lambda: saved({**random_payload(), "model_cfg": {**to_dict(TINY), "C": 65536, "V": 65536}}),
-        r"has shape \(16, 4\), the config says \(65536, 65536\)",
+        r"has shape \(16, 4\), but the config requires \(65536, 65536\)",
     ),
     "a wrong digest": (
         lambda: saved({**random_payload(), "digest": content_digest(random_payload(seed=1))}),

@@ -1,4 +1,4 @@
-"""The options of the commands that generate text."""
+"""Options of commands that generate text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Generation(NamedTuple):
-    """What a user asks of a model that generates text."""
+    """The options for generating text."""
 
     ckpt: Path
     max_bytes: int
@@ -27,14 +27,13 @@ class Generation(NamedTuple):
     device: str
 
     def prepare(self) -> tuple[Checkpoint, Sampling]:
-        """Load the model, and check how it is to be drawn from.
+        """Load the model and check the sampling options.
 
-        One byte is too little work to share, so torch computes with one thread from now on. On a
-        machine that is busy with other programs, two threads that wait for each other were measured
-        ten times slower than one.
+        Sets torch to one thread, because one byte is too little work to share: on a busy machine,
+        two threads were ten times slower than one.
 
         Raises:
-            OSError, ValueError: with what is wrong.
+            OSError, ValueError: for an invalid checkpoint or option.
         """
         import torch
 
@@ -63,12 +62,10 @@ def generation_options(command: Command) -> Command:
 
 _OPTIONS = (
     click.option("--ckpt", type=PATH, required=True, metavar="PATH", help="Checkpoint."),
-    click.option("--max-bytes", type=click.IntRange(0), default=512, help="At most so many bytes."),
-    click.option("--temperature", type=float, default=0.8, help="0: always the likeliest byte."),
-    click.option("--top-k", type=int, metavar="K", help="Only the K likeliest bytes."),
-    click.option(
-        "--top-p", type=float, metavar="P", help="Only the likeliest that reach P together."
-    ),
+    click.option("--max-bytes", type=click.IntRange(0), default=512, help="Maximum length."),
+    click.option("--temperature", type=float, default=0.8, help="0: the most likely byte."),
+    click.option("--top-k", type=int, metavar="K", help="Only the K most likely bytes."),
+    click.option("--top-p", type=float, metavar="P", help="Only the most likely that reach P."),
     click.option("--seed", type=int, default=42, help="Same seed, same text."),
     device_option(),
 )
