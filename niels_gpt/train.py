@@ -3,19 +3,15 @@
 `make_state`, `train_step` and `evaluate` can also be imported from here (loaded on first use).
 """
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from niels_gpt.cli.shared.options import HELP, source_options
+from niels_gpt.cli.shared.options import CONFIG, HELP, PATH, source_options
 from niels_gpt.cli.shared.output import EnduringConsole, process
 from niels_gpt.run.options import TrainOptions
 
 _STEP_FUNCTIONS = ("evaluate", "make_state", "train_step")
-
-_FOLDER = click.Path(path_type=Path)
-_NAME = click.Path()  # a str, because a word may stand for a file; click.Path completes file names
 
 
 @click.command(
@@ -23,13 +19,13 @@ _NAME = click.Path()  # a str, because a word may stand for a file; click.Path c
     epilog="Example: train --config configs/smoke.json --roam ~/notes --out checkpoints/first",
 )
 @click.option(
-    "--config", type=_NAME, required=True, metavar="FILE", help="JSON config, or a bare name."
+    "--config", type=CONFIG, required=True, metavar="FILE", help="JSON config, or a bare name."
 )
 @click.option(
-    "--resume", type=_NAME, metavar="PATH", help="Checkpoint to resume, or the word `latest`."
+    "--resume", type=CONFIG, metavar="PATH", help="Checkpoint to resume, or the word `latest`."
 )
 @click.option("--device", metavar="NAME", help="cpu, mps or cuda; default mps, else cpu.")
-@click.option("--out", type=_FOLDER, metavar="DIR", help="Output folder (default checkpoints/).")
+@click.option("--out", type=PATH, metavar="DIR", help="Output folder (default checkpoints/).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")
 @source_options
 @click.option("--compile/--no-compile", default=None, help="Compile the step.")
@@ -41,6 +37,8 @@ def main(**given: Any) -> None:
     options = TrainOptions(**given)
     if options.as_json and not options.dry_run:
         raise click.UsageError("--json requires --dry-run; a run writes metrics.jsonl")
+    if options.allow_data_change and options.resume is None:
+        raise click.UsageError("--allow-data-change requires --resume")
     with process():
         from niels_gpt.run.launch import run_command
 

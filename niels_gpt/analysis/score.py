@@ -215,8 +215,6 @@ def score_checkpoint(
         stride = default_stride(state.model_cfg.T) if method.stride is None else method.stride
         method = method._replace(stride=stride)
     text = open_text(state)
-    if isinstance(method, Sampled):
-        _check_lengths(text, state.model_cfg.T)
     scores = {
         name: score(_told(windows(state, stream, method), name, total, on_progress))
         for name, stream in text.items()
@@ -268,60 +266,65 @@ def describe_method(method: Sampled | Full) -> dict[str, Any]:
 # --- text --------------------------------------------------------------------------------------
 
 
-def open_file(path: Path) -> Sources:
+def open_file(path: Path, *, length: int = 1) -> Sources:
     """Return the bytes of a file, as they are.
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it is empty.
+        ValueError: if it is empty, or shorter than `length` bytes.
     """
     data = path.read_bytes()
     if not data:
         raise ValueError(f"{path}: the file is empty")
+    if len(data) < length:
+        raise ValueError(f"{path}: {_too_short(data, length)}")
     info = SourceInfo(FILE, str(path), len(data), digest(data).sha256)
     return Sources({path.name: Built(data, info)}, {}, [])
 
 
 def open_validation(
-    where: StreamBuildConfig,
-    names: Iterable[str],
-    model_T: int,
-    seed: int,
-    given: Iterable[str] = (),
+    where: StreamBuildConfig, names: Iterable[str], seed: int, *, length: int
 ) -> Sources:
     """Return the validation streams of the named sources, or of all that there are.
 
-    They are split as a training with this seed splits them.
-
-    Args:
-        given: sources whose place the user named, so that it is no accident if they are absent.
+    They are split as a training with this seed splits them. A source that is neither in `names`
+    nor in `where.places` is left out if it is absent or shorter than `length` bytes.
 
     Raises:
-        RuntimeError, ValueError: if a source that is named or given cannot be built.
+        RuntimeError, ValueError: if any other source cannot be scored, or there is none to score.
     """
     names = tuple(dict.fromkeys(names))
+    scored = names or where.enabled_sources
     cfg = replace(
         where,
-        T=model_T,
+        T=0,
         seed=seed,
-        enabled_sources=names or where.enabled_sources,
+        enabled_sources=tuple(dict.fromkeys([*scored, *where.places])),
         required_sources=names,
         wiki_fallback=True,
     )
     _, val = streams.build_sources(cfg)
-    for name in given:
-        if name in val.missing:
-            raise RuntimeError(f"source {name!r} cannot be built: {val.missing[name]}")
-    return val
+    kept, missing = {}, dict(val.missing)
+    for name in scored:
+        stream = val.get(name, b"")
+        if len(stream) >= max(1, length):
+            kept[name] = val.built[name]
+            continue
+        why = missing.setdefault(name, _too_short(stream, length))
+        if name in names or name in where.places:
+            raise ValueError(f"source {name!r} cannot be scored: {why}")
+    if not kept:
+        raise ValueError("no text to score" + "".join(f"; {n}: {w}" for n, w in missing.items()))
+    return Sources(kept, missing, val.messages)
 
 
-def _check_lengths(text: Sources, T: int) -> None:
-    for name, (stream, info, _) in text.built.items():
-        if len(stream) <= T:
-            raise ValueError(
-                f"{info.place or name}: {len(stream)} bytes, shorter than T+1={T + 1}, "
-                "the length of a sample; --full scores every byte of it"
-            )
+def _too_short(stream: bytes, length: int) -> str:
+    if not stream:
+        return "its validation text is empty"
+    return (
+        f"{len(stream)} bytes, shorter than T+1={length}, "
+        "the length of a sample; --full scores every byte of it"
+    )
 
 
 def changed_texts(sources: SourceRecords | None, infos: Mapping[str, SourceInfo]) -> list[str]:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 OnStep = Callable[[int, int], object]  # called with (done, total) steps of all models
 
 TIMED_STEPS = 2
+MAX_MODELS = 10_000
 FLOAT_BYTES = 4
 
 
@@ -51,8 +52,12 @@ def grid(
     `min_lr` keeps its ratio to `base_lr`.
 
     Raises:
-        ValueError: for a learning rate that is 0 or invalid in a config.
+        ValueError: for a learning rate that is 0 or invalid in a config, and for more than
+            `MAX_MODELS` models.
     """
+    most = MAX_MODELS // (len(lrs) * len(decays))
+    if len(seeds[: most + 1]) > most:  # the length of a long range does not fit into a machine word
+        raise ValueError(f"a sweep has at most {MAX_MODELS:,} models: give fewer seeds or values")
     if 0 in lrs:
         raise ValueError("lr=0 must be above 0")
     ratio = cfg.min_lr / cfg.base_lr if cfg.base_lr else 0.0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from niels_gpt.cli.shared.options import HELP, PATH, json_option
+from niels_gpt.cli.shared.options import HELP, PATH, json_option, refuse_without_effect
 from niels_gpt.cli.shared.output import console, exit_on_failure
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ def diff(a: Path, b: Path, n: int, as_json: bool) -> None:
 
     Prints changed settings, step and losses, and the parameters that changed most.
     """
+    if as_json:
+        refuse_without_effect("with --json, which has all parameters", "n")
     with exit_on_failure(2):
         from niels_gpt.analysis.checkpoint_report import compare
         from niels_gpt.checkpoint import open_checkpoint

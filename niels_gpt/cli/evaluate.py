@@ -72,7 +72,7 @@ def main(
 
         report = score_checkpoint(
             ckpt,
-            partial(_open_text, text, names, places),
+            partial(_open_text, text, names, places, full),
             Full(stride, rows) if full else Sampled(seed, steps),
             device=device,
             on_progress=lambda name, done, total: console.progress(name)(done, total),
@@ -82,15 +82,15 @@ def main(
 
 
 def _open_text(
-    file: Path | None, names: tuple[str, ...], places: Places, state: TrainState
+    file: Path | None, names: tuple[str, ...], places: Places, full: bool, state: TrainState
 ) -> Sources:
     from niels_gpt.analysis.score import open_file, open_validation
     from niels_gpt.streams import locate
 
+    length = 1 if full else state.model_cfg.T + 1
     if file is not None:
-        return open_file(file)
-    T, seed = state.model_cfg.T, state.train_cfg.seed
-    return open_validation(locate(places), names, T, seed, given=places)
+        return open_file(file, length=length)
+    return open_validation(locate(places), names, state.train_cfg.seed, length=length)
 
 
 def _value(ckpt: Path, report: Report) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from niels_gpt.cli.shared.options import (
     Places,
     device_option,
     json_option,
+    refuse_without_effect,
     source_options,
 )
 from niels_gpt.cli.shared.output import console, describe, exit_on_failure
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
     from niels_gpt.streams import StreamBuildConfig
 
 PARTS = ("noise", "sharpness", "documents")
+CONCERNS = {  # the parts that an option concerns
+    "batches": {"noise", "documents"},
+    "iterations": {"sharpness"},
+    "windows": {"documents"},
+    "top": {"documents"},
+}
 
 
 def _count(name: str, default: int, text: str | None = None) -> Option:
@@ -69,6 +76,7 @@ def main(
 
     documents: the notes on which a step lowers the wiki validation loss most, and least.
     """
+    wanted = only or PARTS
     with exit_on_failure(2):
         from niels_gpt.analysis.replay import open_corpus_of
         from niels_gpt.checkpoint import open_checkpoint
@@ -79,12 +87,20 @@ def main(
         sources = locate(places)
         corpus, messages = open_corpus_of(checkpoint, sources)
         console.tell(*messages)
-        wanted = only or PARTS
         documents = _documents(sources, state, wanted, required=bool(only))
+        _refuse_idle_options(wanted, as_json)
         found = _measure(state, corpus, wanted, documents, batches, iterations, windows)
     value = {"checkpoint": str(ckpt), "step": state.step, **found}
     lines = [f"{ckpt.name}, after step {state.step}", *_lines(found, state, top)]
     console.result(value, lines, as_json=as_json)
+
+
+def _refuse_idle_options(wanted: Sequence[str], as_json: bool) -> None:
+    for option, parts in CONCERNS.items():
+        if parts.isdisjoint(wanted):
+            refuse_without_effect(f"on {' and '.join(wanted)}", option)
+    if as_json:
+        refuse_without_effect("with --json, which has all notes", "top")
 
 
 def _documents(

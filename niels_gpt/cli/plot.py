@@ -6,7 +6,7 @@ import click
 
 from niels_gpt import paths
 from niels_gpt.analysis import plot
-from niels_gpt.cli.shared.options import HELP, PATH, json_option
+from niels_gpt.cli.shared.options import HELP, PATH, json_option, refuse_without_effect
 from niels_gpt.cli.shared.output import console, exit_on_failure, to_json
 
 
@@ -39,6 +39,10 @@ def main(
     Takes the metrics.jsonl of each run, or its folder (default: the checkpoint folder). Draws with
     matplotlib; prints the numbers if that is not installed.
     """
+    if as_table:
+        refuse_without_effect("with --table, which draws nothing", "out", "as_json")
+    if as_json:
+        refuse_without_effect("with --json, which draws nothing", "out")
     with exit_on_failure(2):
         plot.check_paths(out)
         given = list(runs) or [paths.CHECKPOINT_DIR]

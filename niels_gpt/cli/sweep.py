@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import click
 
 from niels_gpt.cli.shared.options import (
+    CONFIG,
     HELP,
     PATH,
     Places,
     device_option,
     json_option,
+    refuse_without_effect,
     source_options,
 )
 from niels_gpt.cli.shared.output import console, exit_on_failure
@@ -43,7 +45,9 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> li
     epilog="Example: niels-gpt sweep --config quick --set train.total_steps=200 "
     "--lr 3e-4,1e-3,3e-3 --seeds 2",
 )
-@click.option("--config", required=True, metavar="FILE", help="JSON config, or a bare name.")
+@click.option(
+    "--config", type=CONFIG, required=True, metavar="FILE", help="JSON config, or a bare name."
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")
 @click.option("--lr", "lrs", required=True, callback=_numbers, metavar="A,B,...", help="base_lr.")
 @click.option("--weight-decay", "decays", callback=_numbers, metavar="A,B,...")
@@ -80,6 +84,10 @@ def main(
     initial weights, batches and dropout, not the text or the evaluation windows. `min_lr` keeps
     its ratio to the learning rate.
     """
+    if dry_run:
+        refuse_without_effect("with --dry-run", "picture")
+    if solo:
+        refuse_without_effect("with --solo, which trains one model at a time", "memory")
     with exit_on_failure(2):
         from niels_gpt.analysis import plot, sweep
         from niels_gpt.corpus import open_corpus

@@ -222,6 +222,8 @@ def test_a_model_that_does_not_fit_is_said_to_be_too_large(run):
     ("args", "message"),
     [
         (["--lr", "fast"], "not a list of numbers"),
+        (["--lr", "1e-3", "--seeds", 10**20], "a sweep has at most 10,000 models"),
+        (["--lr", "1e-3,1e-2", "--seeds", 5001], "a sweep has at most 10,000 models"),
         (["--lr", "0,1e-3"], "lr=0 must be above 0"),
         (["--lr", "1e-3,0.001"], "repeats a number"),
         (["--lr", "1e-3", "--picture", "lost/sweep.png"], "there is no folder lost"),

@@ -98,6 +98,28 @@ def test_absent_sources_are_left_out_unless_named(niels, evaluation, texts, tmp_
     assert "mistyped: no such folder" in given.stderr
 
 
+def test_a_full_score_needs_no_window(evaluation, niels, texts, tmp_path):
+    wiki = tmp_path / "short"
+    wiki.mkdir()
+    (wiki / "train.txt").write_text("t")
+    (wiki / "val.txt").write_text("five!")
+    (tmp_path / "five").write_text("five!")
+    of_source = evaluation("--wiki", wiki, "--source", "wiki", "--full")["sources"]["wiki"]
+    of_file = evaluation("--text", "five", "--full")["sources"]["five"]
+    assert of_source["scored"] == of_file["scored"] == 5
+    assert of_source["nats"] == of_file["nats"]
+    sampled = niels("evaluate", "--ckpt", "m.pt", "--device", "cpu", "--wiki", wiki)
+    assert (sampled.exit_code, sampled.stdout) == (2, "")
+    assert "'wiki' cannot be scored: 5 bytes, shorter than T+1=17" in sampled.stderr
+
+
+def test_a_default_source_too_short_to_score_is_left_out(evaluation, where, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "PRIMER_PATH", tmp_path / "primer.txt")
+    (tmp_path / "primer.txt").write_text("user: a\n\n<dialogue>\n\nuser: b\n")
+    assert list(evaluation(*where)["sources"]) == ["wiki", "roam"]
+    assert list(evaluation(*where, "--full")["sources"]) == ["wiki", "roam", "primer"]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -68,6 +68,21 @@ def test_without_notes_the_other_parts_are_told(niels, texts, tmp_path):
     assert "error: " in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--only", "noise", "--windows", 3], "--windows has no effect on noise"),
+        (["--only", "sharpness", "--batches", 3], "--batches has no effect on sharpness"),
+        (["--only", "documents", "--iterations", 3], "--iterations has no effect on documents"),
+        (["--json", "--top", 3], "--top has no effect with --json"),
+    ],
+)
+def test_an_option_of_a_part_that_is_not_wanted_is_refused(inspect, args, message):
+    result = inspect(*args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
 def test_the_suggested_batch_has_a_row_and_products_too_few_are_said(inspect):
     from niels_gpt.analysis.noise import NoiseScale
     from niels_gpt.cli.inspect import _noise_lines

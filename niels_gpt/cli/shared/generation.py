@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from niels_gpt.cli.shared.options import PATH, Command, device_option
+from niels_gpt.cli.shared.options import PATH, Command, device_option, refuse_without_effect
 
 if TYPE_CHECKING:
     from niels_gpt.checkpoint import Checkpoint
@@ -51,8 +51,10 @@ def generation_options(command: Command) -> Command:
 
     @functools.wraps(command)
     def with_generation(**given: Any) -> Any:
-        fields = {name: given.pop(name) for name in Generation._fields}
-        return command(generation=Generation(**fields), **given)
+        generation = Generation(**{name: given.pop(name) for name in Generation._fields})
+        if generation.temperature == 0:
+            refuse_without_effect("with --temperature 0, the likeliest byte", "top_k", "top_p")
+        return command(generation=generation, **given)
 
     decorated: Command = with_generation
     for option in reversed(_OPTIONS):

@@ -9,9 +9,22 @@ import click
 
 from niels_gpt.data.sources import SOURCES
 
-PATH = click.Path(path_type=Path)
-CONFIG = click.Path()  # a str, because a bare name is a config too; click.Path completes file names
+
+class NonEmptyPath(click.Path):
+    """A path other than "", which an unset shell variable leaves and means the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse an empty path."""
+        if value == "":
+            self.fail("the path is empty; is a shell variable unset?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = NonEmptyPath(path_type=Path)
+CONFIG = NonEmptyPath()  # a str, because a bare name is a config too; the type completes file names
 HELP = {"help_option_names": ["-h", "--help"]}
+
+COMMANDLINE = click.core.ParameterSource.COMMANDLINE
 
 Command = Callable[..., Any]
 Option = Callable[[Command], Command]
@@ -21,6 +34,14 @@ Places = dict[str, Path]  # the place given for a source, by its name
 def json_option(text: str = "Print one JSON object.") -> Option:
     """Return a decorator that adds --json, passed as `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help=text)
+
+
+def refuse_without_effect(reason: str, *names: str) -> None:
+    """Raise a usage error if one of these parameters of the running command was given."""
+    ctx = click.get_current_context()
+    for param in ctx.command.params:
+        if param.name in names and ctx.get_parameter_source(param.name) is COMMANDLINE:
+            raise click.UsageError(f"{param.opts[0]} has no effect {reason}")
 
 
 def device_option(default: str | None = None) -> Option:
