@@ -439,7 +439,7 @@ def test_a_dry_run_refuses_a_folder_that_the_run_could_not_use(train, tmp_path, 
 
 
 def test_what_goes_wrong_in_a_dry_run_is_told_in_one_message(train, monkeypatch):
-    def fail(plan, as_json):
+    def fail(plan):
         raise RuntimeError("not enough memory")
 
     monkeypatch.setattr("niels_gpt.run.dry_run.estimate", fail)
@@ -448,7 +448,7 @@ def test_what_goes_wrong_in_a_dry_run_is_told_in_one_message(train, monkeypatch)
 
 
 def test_a_signal_ends_a_dry_run_at_once(train, monkeypatch):
-    def stay(plan, as_json):
+    def stay(plan):
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("went on")
 

@@ -101,13 +101,12 @@ def replay(
     *,
     on_step: OnStep = lambda step: None,
 ) -> Verdict:
-    """Run from a state to that of `end`, up to the first saved one that is not met exactly.
+    """Run from a state to a later one, `end`, up to the first saved one that is not met exactly.
 
     No state can be had without the ones before it, so the search goes forward, once, and compares
     every saved state and every logged loss on the way.
 
     Args:
-        state: where to begin, not after `end`.
         corpus: verified to be that of the run.
         between: checkpoints of the run by step, after `state` and before `end`.
         logged: the train records of `metrics.jsonl` by step.

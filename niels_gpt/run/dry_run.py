@@ -3,7 +3,6 @@
 Nothing is written, and the plan's state is unchanged: a step returns a new one.
 """
 
-import json
 import math
 import os
 import resource
@@ -27,12 +26,11 @@ from niels_gpt.step import StepFunction, train_step
 TIMED_STEPS = 2
 
 
-def estimate(plan: Plan, *, as_json: bool = False) -> str:
-    """Return the output of `train --dry-run`: the sources and the cost of the run."""
-    if as_json:
-        found = {"notes": plan.messages, "sources": plan.corpus.record, **costs(plan)}
-        return json.dumps(found, indent=2, ensure_ascii=False)
-    return "\n".join([*_source_lines(plan), *_cost_lines(costs(plan))])
+def estimate(plan: Plan) -> tuple[dict[str, Any], list[str]]:
+    """Return the sources and the cost of the run, as a value and as lines of text."""
+    cost = costs(plan)
+    value = {"notes": plan.messages, "sources": plan.corpus.record, **cost}
+    return value, [*_source_lines(plan), *_cost_lines(cost)]
 
 
 def costs(plan: Plan) -> dict[str, Any]:

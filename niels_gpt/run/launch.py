@@ -30,7 +30,7 @@ def run_command(options: TrainOptions, console: Console) -> int:
                 if options.dry_run:
                     from niels_gpt.run.dry_run import estimate
 
-                    console.say(estimate(plan, as_json=options.as_json))
+                    console.result(*estimate(plan), as_json=options.as_json)
                     return 0
         except Stopped as stopped:
             console.warn(f"stopped by {stopped} before the first step: nothing to save")

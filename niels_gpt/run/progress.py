@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from typing import Protocol
 
 from torch import Tensor
@@ -23,6 +24,9 @@ class Console(Protocol):
 
     def say(self, *lines: str) -> None:
         """Print lines."""
+
+    def result(self, value: object, lines: Iterable[str], *, as_json: bool) -> None:
+        """Print a result: the value as JSON, or the lines that say the same."""
 
     def show(self, line: str) -> None:
         """Replace the live line."""

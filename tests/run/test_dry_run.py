@@ -79,7 +79,7 @@ def test_estimating_writes_nothing_and_leaves_the_state_alone(texts, tmp_path):
     plan = plan_of(texts, tmp_path / "a" / "b")
     before = {name: p.clone() for name, p in plan.state.params.items()}
     global_rng = torch.get_rng_state()
-    text = estimate(plan)
+    text = "\n".join(estimate(plan)[1])
     assert all(torch.equal(before[name], p) for name, p in plan.state.params.items())
     assert torch.equal(global_rng, torch.get_rng_state())
     assert not [*tmp_path.rglob("*")]
@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_said(texts, monkeypatch):
 
     plan = plan_of(texts, Path("/"))
     monkeypatch.setattr(module, "checkpoint_bytes", lambda plan, state: 10**18)
-    lines = estimate(plan).splitlines()
+    _, lines = estimate(plan)
     assert "warning: not enough memory" in lines
     assert "warning: not enough free disk space" in lines
 
