@@ -84,10 +84,7 @@ def main(
     initial weights, batches and dropout, not the text or the evaluation windows. `min_lr` keeps
     its ratio to the learning rate.
     """
-    if dry_run:
-        refuse_without_effect("with --dry-run", "picture")
-    if solo:
-        refuse_without_effect("with --solo, which trains one model at a time", "memory")
+    _refuse_without_effect(dry_run, solo)
     with exit_on_failure(2):
         from niels_gpt.analysis import plot, sweep
         from niels_gpt.corpus import open_corpus
@@ -107,6 +104,13 @@ def main(
     with exit_on_failure(1):
         found = _train(model_cfg, groups, corpus, device, solo)
         _report(cost, found, picture, as_json)
+
+
+def _refuse_without_effect(dry_run: bool, solo: bool) -> None:
+    if dry_run:
+        refuse_without_effect("with --dry-run", "picture")
+    if solo:
+        refuse_without_effect("with --solo, which trains one model at a time", "memory")
 
 
 def _groups(
