@@ -1,4 +1,4 @@
-"""What checkpoints hold, whether they are good, and how two differ."""
+"""Reports on checkpoints: their content, whether they are good, and how two differ."""
 
 import math
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ MISSING = "(absent)"
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
-    """Say what a checkpoint holds, as JSON-like values.
+    """Return the content of a checkpoint as JSON-like values.
 
     Raises:
         FileNotFoundError, CheckpointError: as `load_checkpoint`.
@@ -42,13 +42,13 @@ class Verdict(NamedTuple):
     """Whether a file is a good checkpoint."""
 
     path: Path
-    problem: str | None  # None for a good one
+    problem: str | None  # None if it is good
     step: int | None
-    digest: str | None  # None in files of other programs
+    digest: str | None  # None if another program wrote it
 
 
 def verify(path: Path) -> Verdict:
-    """Read a file wholly and check all that `load_checkpoint` checks."""
+    """Read a whole file and verify it as `open_checkpoint` does."""
     try:
         found = open_checkpoint(path)
     except (CheckpointError, OSError) as error:
@@ -73,24 +73,24 @@ def checkpoints_in(path: Path) -> list[Path]:
 
 
 class Change(NamedTuple):
-    """How far a parameter moved from one checkpoint to another."""
+    """The change of a parameter from one checkpoint to another."""
 
     name: str
-    relative: float  # norm of the difference over the norm of the first; infinite from zero
+    relative: float  # norm of the difference over the norm in the first; infinite if that is 0
     largest: float  # of the absolute differences
 
 
 class Comparison(NamedTuple):
-    """How two checkpoints differ."""
+    """The differences between two checkpoints."""
 
     settings: list[tuple[str, Any, Any]]  # dotted name, the value in a, the value in b
-    parameters: list[Change]  # those that moved, the farthest first
-    same: int  # parameters that did not move by a bit
-    unlike: list[str]  # parameters that only one of them has, or of different shape
+    parameters: list[Change]  # the changed ones, largest change first
+    same: int  # number of bit-identical parameters
+    unlike: list[str]  # parameters with different shapes or in only one of them
 
 
 def compare(a: Checkpoint, b: Checkpoint) -> Comparison:
-    """Compare two checkpoints, the optimizer's state aside."""
+    """Compare two checkpoints, except for the optimizer state."""
     shapes, others = ({name: p.shape for name, p in c.params.items()} for c in (a, b))
     common = [name for name in shapes if shapes[name] == others.get(name)]
     unlike = [name for name in {**shapes, **others} if name not in common]
@@ -119,7 +119,7 @@ def _different_settings(a: Checkpoint, b: Checkpoint) -> Iterable[tuple[str, Any
 
 
 def _settings(c: Checkpoint) -> dict[str, Any]:
-    """Return all but the tensors, the best loss once, as a tree."""
+    """Return everything but the tensors as a tree, with the best loss once."""
     scores = c.scores._asdict()
     return {
         "step": c.step,

@@ -179,7 +179,7 @@ def check_pictures(paths: Iterable[Path]) -> None:
     paths = list(paths)
     check_paths(paths)
     if lost := [path for path in paths if not path.parent.is_dir()]:
-        raise ValueError(f"{lost[0]}: there is no folder {lost[0].parent}; make it")
+        raise ValueError(f"{lost[0]}: folder not found: {lost[0].parent}")
     if paths and not have_matplotlib():
         raise ValueError(f"{paths[0]}: a picture needs matplotlib; {INSTALL}")
 

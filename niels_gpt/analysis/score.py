@@ -27,7 +27,7 @@ from niels_gpt.optim import optimizer_of
 from niels_gpt.state import TrainState
 from niels_gpt.streams import Built, SourceInfo, Sources, StreamBuildConfig
 
-FILE = "file"  # the origin of a text that is no source
+FILE = "file"  # the origin of a text that is not a source
 FIRST_BYTE_NATS = math.log(256)  # it has no context: all byte values are equally likely
 
 
@@ -164,21 +164,21 @@ def _gather(
 
 
 class Sampled(NamedTuple):
-    """Score the random windows that a training evaluates on; None: as the checkpoint has it."""
+    """Score the random windows of a run's evaluations; None: the checkpoint's value."""
 
     seed: int | None = None
     eval_steps: int | None = None
 
 
 class Full(NamedTuple):
-    """Score every byte once; None for the defaults of `full_windows`."""
+    """Score every byte once; None: the default of `full_windows`."""
 
     stride: int | None = None
     rows: int | None = None
 
 
 class Report(NamedTuple):
-    """What was scored, how, and the outcome by name of the stream."""
+    """The scores by name of the stream, and how they were computed."""
 
     step: int
     method: dict[str, Any]
@@ -188,7 +188,7 @@ class Report(NamedTuple):
 
 
 OpenText = Callable[[TrainState], Sources]
-OnProgress = Callable[[str, int, int], object]  # told the stream, its bytes scored, bytes in all
+OnProgress = Callable[[str, int, int], object]  # called with (stream, bytes scored, bytes in total)
 
 
 def score_checkpoint(
@@ -202,7 +202,7 @@ def score_checkpoint(
     """Score a checkpoint on the streams that `open_text` finds for its state.
 
     Raises:
-        OSError, ValueError, RuntimeError: with what is wrong with the checkpoint, text or method.
+        OSError, ValueError, RuntimeError: for an invalid checkpoint, text or method.
     """
     checkpoint = load_model(path, device)
     state, messages = scored_state(checkpoint)
@@ -226,14 +226,14 @@ def score_checkpoint(
 
 
 def scored_state(checkpoint: Checkpoint) -> tuple[TrainState, list[str]]:
-    """Return a checkpoint as a state without the optimizer's trees, and messages."""
+    """Return the state of a checkpoint without the optimizer's trees, and messages."""
     messages = []
     try:
         _, train_cfg = checkpoint.configs
     except ValueError:
         train_cfg = TrainConfig()
         messages.append(
-            "train_cfg is another program's: batch size, steps and seed are the defaults"
+            "train_cfg is from another program: using default batch size, steps and seed"
         )
     opt_state = optimizer_of(train_cfg).init({})
     return TrainState(
@@ -242,7 +242,7 @@ def scored_state(checkpoint: Checkpoint) -> tuple[TrainState, list[str]]:
 
 
 def windows(state: TrainState, stream: bytes, method: Sampled | Full) -> Iterator[Window]:
-    """Score a stream by a method whose defaults are filled in."""
+    """Score a stream by a method without open defaults."""
     if isinstance(method, Full):
         return full_windows(state, stream, stride=method.stride, rows=method.rows)
     assert method.seed is not None
@@ -250,14 +250,14 @@ def windows(state: TrainState, stream: bytes, method: Sampled | Full) -> Iterato
 
 
 def bytes_to_score(state: TrainState, stream: bytes, method: Sampled | Full) -> int:
-    """Count the bytes that a method scores; those of sampled windows may overlap."""
+    """Count the bytes that a method scores; sampled windows may overlap."""
     if isinstance(method, Full):
         return len(stream)
     return state.train_cfg.eval_steps * state.train_cfg.B * state.model_cfg.T
 
 
 def describe_method(method: Sampled | Full) -> dict[str, Any]:
-    """Return what has to be the same for two scores to be compared."""
+    """Return what must be equal for two scores to be comparable."""
     if isinstance(method, Full):
         return {"method": "full", "stride": method.stride}
     return {"method": "sampled", **method._asdict()}
@@ -267,7 +267,7 @@ def describe_method(method: Sampled | Full) -> dict[str, Any]:
 
 
 def open_file(path: Path, *, length: int = 1) -> Sources:
-    """Return the bytes of a file, as they are.
+    """Return the raw bytes of a file as a source.
 
     Raises:
         OSError: if it cannot be read.
@@ -328,12 +328,12 @@ def _too_short(stream: bytes, length: int) -> str:
 
 
 def changed_texts(sources: SourceRecords | None, infos: Mapping[str, SourceInfo]) -> list[str]:
-    """Say which streams are not those that the training of a checkpoint evaluated on."""
+    """Return a message for each stream that differs from the run's validation text."""
     before = (sources or {}).get("val", {})
     return [
-        f"{name}: not the text of the training ({before[name]['origin']}, "
+        f"{name}: not the text of the run ({before[name]['origin']}, "
         f"{before[name]['bytes']:,} bytes), but {info.origin}, {info.nbytes:,} bytes; "
-        "it may hold what the model was trained on"
+        "it may contain text that the model was trained on"
         for name, info in infos.items()
         if info.origin != FILE and name in before and before[name]["sha256"] != info.sha256
     ]

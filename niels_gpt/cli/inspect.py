@@ -1,4 +1,4 @@
-"""The `inspect` command: what one checkpoint tells about its training."""
+"""The `inspect` command: gradient noise, sharpness and influence at a checkpoint."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def _count(name: str, default: int, text: str | None = None) -> Option:
     epilog="Example: niels-gpt inspect --ckpt checkpoints/best.pt --roam ~/notes --only documents",
 )
 @click.option("--ckpt", type=PATH, required=True, metavar="PATH", help="Checkpoint.")
-@click.option("--only", type=click.Choice(PARTS), multiple=True, help="This part, not all three.")
+@click.option("--only", type=click.Choice(PARTS), multiple=True, help="Only this part.")
 @source_options
 @_count("--batches", 4)
-@_count("--iterations", 20, "Most Hessian products for each sharpness.")
-@_count("--windows", 2, "Most pieces scored of each note.")
+@_count("--iterations", 20, "Maximum Hessian products per sharpness.")
+@_count("--windows", 2, "Maximum pieces scored per note.")
 @_count("--top", 10)
 @device_option("cpu")
-@json_option("Print one JSON object, all notes in it.")
+@json_option("Print one JSON object, with all notes.")
 def main(
     ckpt: Path,
     only: tuple[str, ...],
@@ -72,9 +72,9 @@ def main(
 
     noise: the batch size beyond which rows are wasted, from the next batches of the run.
 
-    sharpness: the largest curvature of the loss, and the learning rate that it bears.
+    sharpness: the largest curvature of the loss, and the stable learning rate.
 
-    documents: the notes on which a step lowers the wiki validation loss most, and least.
+    documents: the notes on which a step lowers the wiki validation loss most and least.
     """
     wanted = only or PARTS
     with exit_on_failure(2):
@@ -106,7 +106,7 @@ def _refuse_idle_options(wanted: Sequence[str], as_json: bool) -> None:
 def _documents(
     sources: StreamBuildConfig, state: TrainState, wanted: Sequence[str], *, required: bool
 ) -> list[tuple[str, bytes]]:
-    """Find the notes before anything is measured, so that no part is worked out for nothing."""
+    """Find the notes first, so that an error wastes no measurement."""
     from niels_gpt.analysis.influence import training_notes
 
     if "documents" not in wanted:
@@ -129,7 +129,7 @@ def _measure(
     iterations: int,
     windows: int,
 ) -> dict[str, Any]:
-    """Measure the parts that are wanted, by name."""
+    """Measure the requested parts, by name."""
     from niels_gpt.analysis import influence, noise, sharpness
 
     found: dict[str, Any] = {}
@@ -172,12 +172,12 @@ def _noise_lines(noise: NoiseScale, state: TrainState) -> list[str]:
         "with all text",
     ]
     if math.isinf(noise.high):
-        return [*lines, "  the gradient is lost in the noise of so few rows: raise --batches"]
+        return [*lines, "  the gradient is lost in the noise of so few rows: increase --batches"]
     suggested = max(1, round(noise.scale))
     return [
         *lines,
-        f"  suggested          B = {suggested}: a run then takes twice the fewest steps "
-        "and twice the least text",
+        f"  suggested          B = {suggested}: a run then takes twice the minimum steps "
+        "and twice the minimum text",
     ]
 
 
@@ -194,7 +194,7 @@ def _curvature_lines(curvature: Curvature, state: TrainState) -> list[str]:
         f"lr {curvature.plain_lr:.3g}",
     ]
     if adam is None or adam_lr is None:
-        lines += ["  AdamW              the checkpoint has no moments, so not known"]
+        lines += ["  AdamW              unknown, because the checkpoint has no moments"]
     else:
         lines += [
             f"  as AdamW sees it   {_eigenvalue(adam)}; AdamW is stable up to lr {adam_lr:.3g}",
@@ -202,7 +202,7 @@ def _curvature_lines(curvature: Curvature, state: TrainState) -> list[str]:
             "in docs/inspect.md",
         ]
     if not all(found.converged for found in (curvature.plain, adam) if found):
-        lines += ["  not converged: it may be larger, and the lr lower; raise --iterations"]
+        lines += ["  not converged: it may be larger, and the lr lower; increase --iterations"]
     return lines
 
 
@@ -218,7 +218,7 @@ def _worth_lines(worth: Sequence[Influence], top: int) -> list[str]:
         "",
         f"{len(worth)} notes, by what a step on them does to the wiki validation loss "
         "(1: as good as wiki text)",
-        f"  {hurting} hurt; the middle one has {ordered[len(ordered) // 2].value:+.3f}",
+        f"  {hurting} hurt; the median is {ordered[len(ordered) // 2].value:+.3f}",
         "  help most",
         *map(_worth_line, helpful),
         "  help least, or hurt",

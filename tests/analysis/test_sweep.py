@@ -226,7 +226,7 @@ def test_a_model_that_does_not_fit_is_said_to_be_too_large(run):
         (["--lr", "1e-3,1e-2", "--seeds", 5001], "a sweep has at most 10,000 models"),
         (["--lr", "0,1e-3"], "lr=0 must be above 0"),
         (["--lr", "1e-3,0.001"], "repeats a number"),
-        (["--lr", "1e-3", "--picture", "lost/sweep.png"], "there is no folder lost"),
+        (["--lr", "1e-3", "--picture", "lost/sweep.png"], "folder not found: lost"),
         (["--lr", "-1"], "base_lr=-1.0 must be a number"),
         (["--lr", "1e-3", "--picture", "sweep.gif"], "picture must be .png or .svg"),
         (["--lr", "1e-3", "--set", "train.B=0"], "train.B=0"),

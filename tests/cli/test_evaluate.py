@@ -79,7 +79,7 @@ def test_text_that_the_training_did_not_evaluate_on_is_told(niels, evaluation, w
     trained_on = {"train": {}, "val": sources}
     write_checkpoint([tmp_path / "m.pt"], checkpoint_of(state, sources=trained_on))
     result = niels("evaluate", "--ckpt", "m.pt", "--device", "cpu", *where, "--json")
-    assert "note: wiki: not the text of the training" in result.stderr
+    assert "note: wiki: not the text of the run" in result.stderr
     assert "roam: not the text" not in result.stderr
     json.loads(result.stdout)
 
@@ -128,7 +128,7 @@ def test_a_default_source_too_short_to_score_is_left_out(evaluation, where, tmp_
         (["--text", "a", "--source", "wiki"], "cannot be combined"),
         (["--full", "--stride", "17", "--text", "a"], "stride=17 must be from 1 to T=16"),
         (["--full", "--stride", "0", "--text", "a"], "stride=0 must be"),
-        (["--text", "a"], "a: 5 bytes, shorter than T+1=17, the length of a sample; --full"),
+        (["--text", "a"], "a: 5 bytes, shorter than T+1=17, the length of a window; use --full"),
         (["--text", "empty"], "empty: the file is empty"),
         (["--text", "absent"], "absent"),
         (["--steps", "0", "--text", "a"], "eval_steps=0"),
@@ -156,7 +156,7 @@ def test_a_checkpoint_of_another_program_is_evaluated_with_the_defaults(niels, t
     args = ["evaluate", "--ckpt", "m.pt", "--device", "cpu", "--text", "text", "--steps", "1"]
     result = niels(*args, "--json")
     assert result.exit_code == 0, result.stderr
-    assert "note: train_cfg is another program's" in result.stderr
+    assert "note: train_cfg is from another program" in result.stderr
     found = json.loads(result.stdout)
     assert (found["seed"], found["sources"]["text"]["scored"]) == (42, 32 * 16)
 
