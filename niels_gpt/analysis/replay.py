@@ -1,4 +1,4 @@
-"""Take the steps of a run again: to compare every bit, or to look at one step from inside.
+"""Repeat steps of a run, to compare every bit or to look inside one step.
 
 Step N is the N-th update, as in the log: it leads from the state after N - 1 updates to the state
 after N.
@@ -30,11 +30,11 @@ from niels_gpt.state import TrainState, make_state
 from niels_gpt.step import StepFunction, dropout_of_step, train_step
 from niels_gpt.streams import StreamBuildConfig
 
-OnStep = Callable[[int], object]  # told the number of finished updates
+OnStep = Callable[[int], object]  # called with the number of finished updates
 
 
 def step_of(checkpoint: Checkpoint) -> StepFunction:
-    """Return the step that a run was trained with: compiled, if the checkpoint says so."""
+    """Return the step function of a run, compiled if the checkpoint says so."""
     return compile_step() if checkpoint.environment.get("compile") else train_step
 
 
@@ -42,18 +42,18 @@ def step_of(checkpoint: Checkpoint) -> StepFunction:
 
 
 class Difference(NamedTuple):
-    """A tensor whose bits differ between two states, and the place where it differs most."""
+    """A tensor whose bits differ between two states, and where it differs most."""
 
-    tensor: str  # its tree ("params", or one of the optimizer) and its name
+    tensor: str  # its tree ("params" or one of the optimizer's) and its name
     elements: int  # how many differ
     place: tuple[int, ...]
     here: float  # the value at `place`
     there: float
-    size: float  # |here - there|; infinite where one is not a number
+    size: float  # |here - there|; infinite if either is NaN
 
 
 def differences(here: TrainState, there: TrainState) -> list[Difference]:
-    """Compare all trees of two states of one shape; [] if all bits are the same."""
+    """Compare all trees of two states of the same shape; [] if all bits are equal."""
     others = there.trees()
     return [
         _difference(f"{kind} {name}", a, others[kind][name])
@@ -77,15 +77,15 @@ def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.int32)
 
 
-# --- a stretch of a run, again -----------------------------------------------------------------
+# --- repeating part of a run -------------------------------------------------------------------
 
 
 class Verdict(NamedTuple):
-    """What came of taking the steps of a run again."""
+    """The result of repeating steps of a run."""
 
     identical: bool
-    same: int  # the last step at which every bit is known to be the same: the start, or a saved one
-    agreed: int  # the last step whose state gave the loss that was logged; not below `same`
+    same: int  # the last step known to be bit-identical: the start, or a saved one
+    agreed: int  # the last step whose state gave the logged loss; at least `same`
     differs: int | None  # the first step known to differ
     saved: str  # the saved state compared last
     differences: list[Difference]  # from that state, in the order of the model
@@ -101,13 +101,13 @@ def replay(
     *,
     on_step: OnStep = lambda step: None,
 ) -> Verdict:
-    """Run from a state to a later one, `end`, up to the first saved one that is not met exactly.
+    """Run from a state to a later one, `end`, or to the first saved state that differs.
 
-    No state can be had without the ones before it, so the search goes forward, once, and compares
-    every saved state and every logged loss on the way.
+    Each state needs the ones before it, so there is one forward pass, which compares every saved
+    state and every logged loss on the way.
 
     Args:
-        corpus: verified to be that of the run.
+        corpus: the text of the run, verified.
         between: checkpoints of the run by step, after `state` and before `end`.
         logged: the train records of `metrics.jsonl` by step.
     """
@@ -118,13 +118,13 @@ def replay(
         if path := saved.get(state.step):
             there, why = _witness(path, state, end)
             if there is None:
-                notes.append(f"{path.name} was passed over: {why}")
+                notes.append(f"{path.name} was skipped: {why}")
             elif found := differences(state, there):
                 differs = known.first_difference(state.step)
                 return Verdict(False, known.same, known.agreed, differs, path.name, found, notes)
             else:
                 if known.doubt is not None:
-                    notes.append(f"{METRICS} has other figures than the run of {path.name}")
+                    notes.append(f"{METRICS} does not match the run of {path.name}")
                 known = _Known(state.step, state.step, None)
         if state.step == end.step:
             return Verdict(True, known.same, known.agreed, None, end.path.name, [], notes)
@@ -135,18 +135,18 @@ def replay(
 
 
 class _Known(NamedTuple):
-    """What is known on the way: the bracket of steps in which the first difference lies, if any.
+    """The range of steps in which the first difference lies, if there is one.
 
-    A loss that is met shows less than a saved state: it may round away the last bits of a weight,
-    and says nothing of the optimizer's state.
+    A matching loss proves less than a matching state: it may round away the last bits of a weight,
+    and does not depend on the optimizer's state.
     """
 
     same: int  # as in `Verdict`
     agreed: int
-    doubt: int | None  # the first step whose record has other figures
+    doubt: int | None  # the first step whose record differs
 
     def with_record(self, step: int, wrong: list[str]) -> "_Known":
-        """Take in which figures of a step differ from its record; only the first doubt counts."""
+        """Add the metrics of a step that differ from its record; the first doubt counts."""
         if self.doubt is not None:
             return self
         if "loss" in wrong:  # the loss of a step is that of the state before it
@@ -159,7 +159,7 @@ class _Known(NamedTuple):
 
 
 def _witness(path: Path, state: TrainState, end: Checkpoint) -> tuple[TrainState | None, str]:
-    """Return a saved state to compare with; None, and why, if it is not of the same run."""
+    """Return a saved state to compare with, or None and the reason if it cannot be used."""
     if state.step == end.step:
         return end.state, ""
     try:
@@ -168,11 +168,11 @@ def _witness(path: Path, state: TrainState, end: Checkpoint) -> tuple[TrainState
         return None, str(error)
     if there[-2:] == state[-2:]:
         return there, ""
-    return None, "it was saved under another config"
+    return None, "it has another config"
 
 
 def _unlike(metrics: Mapping[str, Tensor], record: Record) -> list[str]:
-    """Name the metrics that are in a record with another value."""
+    """Return the names of metrics whose values differ from a record's."""
     return [n for n in metrics if n in record and metrics[n].item() != record[n]]
 
 
@@ -181,10 +181,10 @@ def replay_files(
 ) -> Verdict:
     """Run from one checkpoint (None: from the initial state) to another and compare.
 
-    The steps are taken under the config, and on the text, of the later one.
+    The steps use the config and the text of the later one.
 
     Raises:
-        ValueError, OSError: if the two are not of one run or the text is not the one it had.
+        ValueError, OSError: if the two are from different runs or the text differs.
     """
     last = open_checkpoint(end, device)
     configs = last.configs
@@ -211,52 +211,52 @@ def replay_files(
 
 
 def open_corpus_of(checkpoint: Checkpoint, sources: StreamBuildConfig) -> tuple[Corpus, list[str]]:
-    """Open the text that a checkpoint was trained on, and use as many threads; return messages too.
+    """Open the text of a checkpoint, use its number of threads, and return messages too.
 
     Raises:
-        ValueError: if a stream does not have the digest that the checkpoint keeps.
+        ValueError: if a stream differs from the checkpoint's digest.
     """
     path, environment = checkpoint.path, checkpoint.environment
     corpus = open_corpus(*checkpoint.configs, sources)
     if changes := data_changes(checkpoint.sources, corpus.record):
         lines = "".join(f"\n  {line}" for line in changes)
-        raise ValueError(f"{path}: this is not the text that it was trained on:{lines}")
+        raise ValueError(f"{path}: the text differs from the text it was trained on:{lines}")
     torch.set_num_threads(environment.get("threads", torch.get_num_threads()))
     device = str(checkpoint.state.device)
     now = describe_environment(device, environment.get("compile", False))
     messages = environment_changes(environment, now)
     if checkpoint.sources is None:
-        messages.append(f"{path.name} keeps no digests: that the text is the same is not verified")
+        messages.append(f"{path.name} has no digests: the text is not verified")
     return corpus, [*corpus.messages, *messages]
 
 
-# --- one step, from inside ---------------------------------------------------------------------
+# --- inside one step ---------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
     """A row of a batch."""
 
     source: str
-    start: int  # the byte of the source that it begins at
+    start: int  # offset in the source
     loss: float  # nats, mean over its positions, with the dropout of the step
     text: str
 
 
 class StepView(NamedTuple):
-    """A step from inside: what goes in, and how large everything gets on the way."""
+    """The inside of a step: its inputs, and the size of everything on the way."""
 
     step: int
     lr: float
     loss: float  # nats
     grad_norm: float  # before clipping
-    clip: float  # what the gradients are multiplied by
+    clip: float  # factor applied to the gradients
     rows: list[Row]
     grad_norms: dict[str, float]  # by parameter, before clipping
     activations: dict[str, float]  # largest magnitude of each module's output, in calling order
 
 
 def view_step(state: TrainState, corpus: Corpus) -> StepView:
-    """Show the next step of a run without taking it."""
+    """Return a view of a run's next step, without taking it."""
     params, cfg = state.params, state.model_cfg
     batch = next_batch(state, corpus)
     rows = range(len(batch[0]))
@@ -284,7 +284,7 @@ def view_step(state: TrainState, corpus: Corpus) -> StepView:
 def largest_activations(
     params: Tree, x: Tensor, cfg: ModelConfig, drop: Tensor | None
 ) -> dict[str, float]:
-    """Return the largest magnitude in each module's output, in calling order; NaN if it has one."""
+    """Return the largest magnitude in each module's output, in calling order; NaN if any is NaN."""
     largest: dict[str, list[Tensor]] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -310,23 +310,23 @@ def largest_activations(
 def view_files(
     start: Path, step: int, sources: StreamBuildConfig, device: str, on_step: OnStep
 ) -> tuple[StepView, str, list[str]]:
-    """Show step `step` of the run of a checkpoint, or of a folder of them.
+    """Return a view of step `step` of the run of a checkpoint, or of a folder of them.
 
-    It is reached from the nearest checkpoint before it, or from the initial state.
-    Returns the view, the name of where it began, and messages.
+    Starts at the nearest earlier checkpoint, or at the initial state. Also returns the name of the
+    start, and messages.
 
     Raises:
-        ValueError, OSError: if there is no such step, no checkpoint, or the text is another.
+        ValueError, OSError: if there is no such step or checkpoint, or the text differs.
     """
     checkpoint = _nearest(start, step, device) if start.is_dir() else open_checkpoint(start, device)
     path, state = checkpoint.path, checkpoint.state
     total = state.train_cfg.total_steps
     if not 1 <= step <= total:
-        raise ValueError(f"--step {step}: {path} is of a run of steps 1 to {total}")
+        raise ValueError(f"--step {step}: the run of {path} has steps 1 to {total}")
     begin = path.name
     if state.step >= step:
         if not start.is_dir():
-            raise ValueError(f"{path} has {state.step} updates behind it: step {step} is past")
+            raise ValueError(f"{path} is after step {state.step}, too late for step {step}")
         state, begin = make_state(state.model_cfg, state.train_cfg, device), "the initial state"
     corpus, messages = open_corpus_of(checkpoint, sources)
     update = step_of(checkpoint)
@@ -337,15 +337,15 @@ def view_files(
 
 
 def _nearest(folder: Path, step: int, device: str) -> Checkpoint:
-    """Open the last checkpoint before a step; the first after it where there is none before."""
+    """Open the last checkpoint before a step, else the first one after it."""
     steps = {path: number for number, path in periodic_files(folder).items()}
-    opened: dict[Path, Checkpoint] = {}  # these names promise no step
+    opened: dict[Path, Checkpoint] = {}  # their names do not give a step
     for path in {folder / LATEST, folder / BEST} & set(checkpoint_files(folder)):
         with contextlib.suppress(CheckpointError):
             opened[path] = open_checkpoint(path, device)
             steps[path] = opened[path].step
     if not steps:
-        raise FileNotFoundError(f"{folder}: no checkpoint here")
+        raise FileNotFoundError(f"{folder}: no checkpoint in this folder")
     before = [path for path, number in steps.items() if number < step]
     best = max(before, key=steps.__getitem__) if before else min(steps, key=steps.__getitem__)
     return opened.get(best) or open_checkpoint(best, device)

@@ -285,13 +285,13 @@ def open_file(path: Path, *, length: int = 1) -> Sources:
 def open_validation(
     where: StreamBuildConfig, names: Iterable[str], seed: int, *, length: int
 ) -> Sources:
-    """Return the validation streams of the named sources, or of all that there are.
+    """Return the validation streams of the named sources, or of all available ones.
 
-    They are split as a training with this seed splits them. A source that is neither in `names`
-    nor in `where.places` is left out if it is absent or shorter than `length` bytes.
+    They are split as in a run with this seed. A source that is neither in `names` nor in
+    `where.places` is left out if it is absent or shorter than `length` bytes.
 
     Raises:
-        RuntimeError, ValueError: if any other source cannot be scored, or there is none to score.
+        RuntimeError, ValueError: if any other source cannot be scored, or no source is left.
     """
     names = tuple(dict.fromkeys(names))
     scored = names or where.enabled_sources
@@ -323,7 +323,7 @@ def _too_short(stream: bytes, length: int) -> str:
         return "its validation text is empty"
     return (
         f"{len(stream)} bytes, shorter than T+1={length}, "
-        "the length of a sample; --full scores every byte of it"
+        "the length of a window; use --full to score every byte"
     )
 
 

@@ -26,7 +26,7 @@ class Console(Protocol):
         """Print lines."""
 
     def result(self, value: object, lines: Iterable[str], *, as_json: bool) -> None:
-        """Print a result: the value as JSON, or the lines that say the same."""
+        """Print a result: the value as JSON, or the equivalent lines."""
 
     def show(self, line: str) -> None:
         """Replace the live line."""

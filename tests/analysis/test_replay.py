@@ -182,8 +182,8 @@ def test_files_of_another_config_or_damaged_ones_are_no_witnesses(run, again):
     (run / "step_0000003.pt").write_bytes(b"nothing")
     result = again("--to", run / "latest.pt")
     assert result.exit_code == 0, result.output
-    assert "step_0000006.pt was passed over: it was saved under another config" in result.stderr
-    assert "step_0000003.pt was passed over" in result.stderr
+    assert "step_0000006.pt was skipped: it has another config" in result.stderr
+    assert "step_0000003.pt was skipped" in result.stderr
 
 
 def test_a_log_of_another_run_does_not_decide(run, again):
@@ -191,7 +191,7 @@ def test_a_log_of_another_run_does_not_decide(run, again):
     (run / "metrics.jsonl").write_bytes(to_lines({**r, "loss": 1.0} for r in records))
     result = again("--to", run / "latest.pt")
     assert result.exit_code == 0
-    assert "metrics.jsonl has other figures" in result.stderr
+    assert "metrics.jsonl does not match" in result.stderr
 
 
 def test_other_text_is_refused_before_the_first_step(run, niels, texts):
@@ -209,8 +209,8 @@ def test_other_text_is_refused_before_the_first_step(run, niels, texts):
         (["--to", "nowhere.pt"], "nowhere.pt"),
         (["--from", "latest.pt", "--to", "step_0000003.pt"], "step 10, not before 3"),
         (["--from", ".", "--step", "11"], "steps 1 to 10"),
-        (["--from", "step_0000006.pt", "--step", "6"], "6 updates behind it"),
-        (["--from", "earlier", "--step", "6"], "no checkpoint here"),
+        (["--from", "step_0000006.pt", "--step", "6"], "after step 6, too late"),
+        (["--from", "earlier", "--step", "6"], "no checkpoint in this folder"),
     ],
 )
 def test_mistakes_end_with_code_2_and_one_message(run, again, monkeypatch, args, message):

@@ -44,7 +44,7 @@ def test_one_part_alone_as_json_has_every_note_by_name(inspect):
 def test_other_text_and_missing_files_are_refused(niels, texts, ckpt):
     result = niels("inspect", "--ckpt", ckpt, "--wiki", texts / "wiki")
     assert result.exit_code == 2
-    assert "not the text that it was trained on" in result.stderr
+    assert "differs from the text it was trained on" in result.stderr
     result = niels("inspect", "--ckpt", "nowhere.pt")
     assert result.exit_code == 2
     assert "nowhere.pt" in result.stderr

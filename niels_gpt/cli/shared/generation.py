@@ -53,7 +53,7 @@ def generation_options(command: Command) -> Command:
     def with_generation(**given: Any) -> Any:
         generation = Generation(**{name: given.pop(name) for name in Generation._fields})
         if generation.temperature == 0:
-            refuse_without_effect("with --temperature 0, the likeliest byte", "top_k", "top_p")
+            refuse_without_effect("with --temperature 0", "top_k", "top_p")
         return command(generation=generation, **given)
 
     decorated: Command = with_generation
