@@ -32,7 +32,7 @@ for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """Give the thread count back: a command that chooses one chooses it for its whole process."""
+    """Restore the thread count, which a command sets for its whole process."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

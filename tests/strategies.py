@@ -1,4 +1,4 @@
-"""Hypothesis strategies that several test files share: legal values, small enough to train on."""
+"""Shared Hypothesis strategies: valid values, small enough to train on."""
 
 from hypothesis import strategies as st
 

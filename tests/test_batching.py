@@ -17,7 +17,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[dict[str, bytes], dict[str, float], int, int]:
-    """Draw (sources, p, B, T) that are legal, with streams down to T+1 bytes."""
+    """Draw valid (sources, p, B, T), with streams as short as T+1 bytes."""
     T = draw(st.integers(1, 12))
     names = draw(st.lists(st.text(max_size=5), min_size=1, max_size=4, unique=True))
     streams = {name: draw(st.binary(min_size=T + 1, max_size=40)) for name in names}

@@ -1,4 +1,4 @@
-"""The yardstick is fair only if it computes what the trainer computes."""
+"""The reference is fair only if it computes what the trainer computes."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from tests.strategies import model_configs
 
 
 def without(payload, *path):
-    """Return a copy of nested dicts and lists that lacks the last key of the path."""
+    """Return a copy of nested dicts and lists without the last key of the path."""
     return _edited(payload, path, lambda parent, key: parent.pop(key))
 
 

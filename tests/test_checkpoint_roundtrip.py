@@ -37,7 +37,7 @@ def assert_same_bits(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def trained(cfg: ModelConfig, make=torch.optim.AdamW, steps: int = 1, **options):
-    """Return a model and an optimizer that have seen `steps` random batches."""
+    """Return a model and an optimizer trained on `steps` random batches."""
     torch.manual_seed(7)
     model = GPT(cfg)
     optimizer = make(model.parameters(), **options)

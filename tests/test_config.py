@@ -1,4 +1,4 @@
-"""Configs: what is legal, what is refused and how, and that documents survive being saved."""
+"""Configs: what is valid, what is refused and how, and that documents survive saving."""
 
 import dataclasses
 import json

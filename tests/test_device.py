@@ -1,4 +1,4 @@
-"""Which device is taken, and which names are refused."""
+"""Which device is used, and which names are refused."""
 
 import platform
 

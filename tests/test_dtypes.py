@@ -103,7 +103,7 @@ def registered_name(op):
 
 
 def runs_on_mps(name):
-    """Tell whether torch declares a kernel of this operator for MPS, or one for all devices."""
+    """Return whether torch declares a kernel of this operator for MPS or for all devices."""
     entry = declared_operators()[name]
     if delegate := re.search(r"structured_delegate: (\S+)", entry):
         return runs_on_mps(delegate[1])

@@ -58,7 +58,7 @@ def test_an_untrained_model_pays_for_every_byte_the_same():
 
 
 def test_one_window_by_hand():
-    """With no blocks' effect and known embeddings the logits are known too."""
+    """Without the blocks' effect and with known embeddings, the logits are known too."""
     cfg = dataclasses.replace(PLAIN, T=2, C=2, H=1, L=1, d_ff=1)
     state = make_state(cfg, TrainConfig(B=1, eval_steps=1))
     params = {n: torch.zeros_like(p) for n, p in state.params.items()}

@@ -86,7 +86,7 @@ def test_blocks_of_rows_change_nothing_but_rounding(B, T, block, dropped):
 @given(st.integers(2, 9), st.data())
 @settings(max_examples=12)
 def test_any_split_by_rows_adds_up_to_the_whole(B, data):
-    """Processes that take a share of the rows, with the keys of their rows, make the same step."""
+    """Processes that each take a share of the rows, with their keys, make the same step."""
     params, (x, y) = trained_state().params, random_batch(B)
     cuts = data.draw(st.lists(st.integers(1, B - 1), unique=True).map(sorted))
     drop = keys(B)

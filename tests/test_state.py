@@ -167,7 +167,7 @@ def test_an_untouched_optimizer_is_a_state_of_no_steps():
 
 
 def test_either_side_continues_the_same_trajectory():
-    """Change sides after three steps each way; the plain loop runs through beside it."""
+    """Convert back and forth every three steps; the plain loop runs alongside."""
     model, optimizer = to_modules(make_state(PLAIN, TrainConfig()))
     state = make_state(PLAIN, TrainConfig())
     for k in range(9):

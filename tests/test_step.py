@@ -1,4 +1,4 @@
-"""The step: pure, reproducible, equal to the plain loop, and made of parts that can be recomposed.
+"""The step: pure, reproducible, equal to the plain loop, made of parts that can be recomposed.
 
 Each test states a law that users rely on when they sweep, resume, replay or split a step.
 """

@@ -1,4 +1,4 @@
-"""Laws of the streams: what is in them, where the wiki text comes from, and an honest cache."""
+"""Laws of the streams: their content, the origin of the wiki text, and an honest cache."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def no_wikitext() -> dict[str, list[str]]:
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """Lay out a root with notes, a primer and a wiki folder aside; no network, short docs."""
+    """Lay out a root with notes, a primer and a separate wiki folder; no network, short docs."""
     for i in range(20):
         note = tmp_path / "notes" / f"🗂 {i % 3}" / f"{i}.md"
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def home(tmp_path, monkeypatch):
 
 
 def config(home: Path, **changes) -> StreamBuildConfig:
-    """Name all sources of `home`, with a T that they are long enough for."""
+    """Name all sources of `home`, with a T short enough for them."""
     cfg = StreamBuildConfig(
         roam_root=home / "notes", primer_path=home / "primer.txt", wiki_root=home / "wiki", T=8
     )

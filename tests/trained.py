@@ -1,4 +1,4 @@
-"""Checkpoints of small models that were never trained, to be used in tests."""
+"""Checkpoints of small untrained models, for tests."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ SMALL = ModelConfig(T=64, C=12, L=2, H=2, d_ff=16)
 
 
 def lively_state(cfg: ModelConfig = SMALL, seed: int = 0) -> TrainState:
-    """Return parameters large enough that every byte seen matters to the next."""
+    """Return parameters large enough for every visible byte to affect the next."""
     state = make_state(cfg, TrainConfig(seed=seed))
     generator = torch.Generator().manual_seed(seed)
     params = {

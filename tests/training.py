@@ -49,12 +49,12 @@ def tensors(state: TrainState) -> dict[str, Tensor]:
 
 
 def copy_of(state: TrainState) -> TrainState:
-    """Return a state that shares no storage with this one."""
+    """Return a copy of this state that shares no storage with it."""
     return map_tensors(torch.clone, state)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors agree in dtype, shape and every bit (0.0 is not -0.0)."""
+    """Return whether two tensors agree in dtype, shape and every bit (0.0 is not -0.0)."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     if a.dtype == torch.float32:
@@ -63,7 +63,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def same_state(a: TrainState, b: TrainState) -> bool:
-    """Tell whether two states agree bit for bit."""
+    """Return whether two states agree bit for bit."""
     one, other = tensors(a), tensors(b)
     return (
         a[2:] == b[2:]

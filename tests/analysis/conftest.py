@@ -1,4 +1,4 @@
-"""The state that the tests of figures share."""
+"""The state shared by the tests of analyses."""
 
 import pytest
 

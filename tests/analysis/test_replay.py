@@ -1,4 +1,4 @@
-"""Steps taken again: the same bits, the place of a bit that is not, and a step from inside."""
+"""Repeated steps: equal bits, the place of a bit that differs, and the inside of a step."""
 
 import json
 import math
@@ -122,7 +122,7 @@ def test_moments_are_compared_too(run, again, kind):
 
 
 def test_a_change_on_the_way_is_bracketed_by_saved_states_and_logged_losses(run, again, opened):
-    """A run that goes astray after step 6: later files and figures all follow from the change."""
+    """A run that changes after step 6: all later files and metrics follow from the change."""
     state, corpus = opened
     corpus = replace(corpus, train={name: s[::-1] for name, s in corpus.train.items()})
     records = [r for r in read_metrics(run / "metrics.jsonl") if r["step"] <= 6]

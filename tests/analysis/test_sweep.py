@@ -1,4 +1,4 @@
-"""Models trained side by side: each is what it would be alone."""
+"""Models trained together: each equals its solo run."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def test_each_model_of_a_sweep_equals_its_solo_run(both):
 
 
 def test_what_the_models_are_given_tells_them_apart(both):
-    """Each lr, decay and seed leads somewhere else, by far more than rounding."""
+    """Each lr, decay and seed gives another result, by far more than rounding."""
     together, _ = both
     for i, one in enumerate(together):
         for other in together[:i]:
@@ -65,7 +65,7 @@ def test_what_the_models_are_given_tells_them_apart(both):
 
 
 def test_a_member_is_the_run_that_the_config_describes():
-    """Beside the public loop's own pieces, a member with the config's seed is that very run."""
+    """A member with the config's seed equals the run made of the public parts."""
     from niels_gpt.lr_schedule import lr_at_step
     from niels_gpt.step import batch_of_step, train_step
 

@@ -101,7 +101,7 @@ class Terminal:
         os.write(self.screen, keys)
 
     def interrupt(self):
-        """Type Ctrl-C, and again where it was missed.
+        """Type Ctrl-C, and again if it was missed.
 
         One that comes after the prompt and before readline waits is seen with the next key only.
         """

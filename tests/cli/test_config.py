@@ -1,4 +1,4 @@
-"""`niels-gpt config show`: each value, and the place that it came from."""
+"""`niels-gpt config show`: each value and its origin."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_other_text_and_missing_files_are_refused(niels, texts, ckpt):
 
 
 def test_without_notes_the_other_parts_are_told(niels, texts, tmp_path):
-    """Notes are looked for first, so that no part is worked out for nothing."""
+    """Notes are found first, so that an error wastes no measurement."""
     config = tmp_path / "config.json"
     model = {"T": 12, "C": 8, "L": 1, "H": 2, "d_ff": 8}
     config.write_text(json.dumps({"model": model, "train": {"B": 2, "total_steps": 2}}))

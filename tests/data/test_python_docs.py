@@ -29,7 +29,7 @@ def undocumented(): pass
 
 @pytest.fixture
 def stdlib(tmp_path):
-    """Write a small standard library with everything that may lie in one."""
+    """Write a small standard library with everything that may be in one."""
     files = {
         "mod.py": MODULE.encode(),
         "pkg/__init__.py": b'"""A package."""',

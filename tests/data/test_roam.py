@@ -1,4 +1,4 @@
-"""Folders of notes as people have them, and a split that stays put."""
+"""Folders of notes as users have them, and a stable split."""
 
 import os
 from pathlib import Path

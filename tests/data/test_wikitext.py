@@ -23,7 +23,7 @@ def columns() -> dict[str, dict[str, list[str]]]:
 
 
 def rows_without_an_index() -> dict[str, ValuesView[dict[str, str]]]:
-    """Give rows that can only be gone through."""
+    """Rows that can only be iterated."""
     return {split: dict(enumerate(rows)).values() for split, rows in ROWS.items()}
 
 

@@ -1,4 +1,4 @@
-"""Durable files: whole or not at all under every failure; one writer per folder."""
+"""Durable files: complete or absent under every failure; one writer per folder."""
 
 import errno
 import os

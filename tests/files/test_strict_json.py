@@ -1,4 +1,4 @@
-"""Strict JSON: read back as it was saved, and refused where `json` would guess."""
+"""Strict JSON: read back as saved, and refused where `json` would guess."""
 
 import json
 import math

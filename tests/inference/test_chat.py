@@ -1,4 +1,4 @@
-"""Chat: what is shown of a reply, what fits into the context, and what the commands do."""
+"""Chat: what is shown of a reply, what fits into the context, and the commands."""
 
 from itertools import chain
 

@@ -48,7 +48,7 @@ def recomputed(params, cfg, ids):
 
 
 def recomputed_bytes(params, cfg, prompt, n, seed, i, sampling):
-    """Generate by reading the window anew for every byte."""
+    """Generate by recomputing the window for every byte."""
     text, generator = list(prompt or START), keyed_generator(seed, "sample", i)
     for _ in range(n):
         logits = recomputed(params, cfg, torch.tensor([text]))

@@ -36,7 +36,7 @@ def bits(keys, n, p=0.5):
 
 
 def test_masks_never_change():
-    """A resumed run has to draw what the interrupted one would have drawn."""
+    """A resumed run must draw what the interrupted one would have drawn."""
     assert dropout_keys(42, 0, range(2), 2).tolist() == KEYS
     mask = keep_mask(dropout_keys(42, 7, range(3), 4)[:, 3], (5, 333), 0.1)
     assert hashlib.sha256(bytes(mask.flatten().tolist())).hexdigest()[:16] == MASK
@@ -196,7 +196,7 @@ def test_masks_of_different_keys_are_uncorrelated(family, p):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masks_of_different_keys_are_uncorrelated_when_shifted(family):
-    """A key that only permuted the counters would show the same bits at other places."""
+    """A key that only permutes the counters would show the same bits in other places."""
     masks = bits(FAMILIES[family], N)[:24]
     for shift in (1, 2, 64, N // 2, N // 2 + 1):
         both = torch.cat((masks, masks.roll(shift, -1)))

@@ -40,7 +40,7 @@ def test_parameters_are_those_of_the_model(cfg):
 
 @given(configs, st.integers(1, 3))
 def test_full_attention_counts_what_torch_counts(cfg, B):
-    """`FlopCounterMode` counts no fused kernel and sees the whole T x T square of the plain one."""
+    """`FlopCounterMode` cannot count fused kernels, and counts all T x T scores in plain ones."""
     model = ImperativeGPT(cfg)
     x = torch.zeros(B, cfg.T, dtype=torch.long)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

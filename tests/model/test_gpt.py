@@ -204,7 +204,7 @@ def test_building_a_skeleton_touches_no_generator_and_no_memory():
 
 
 def test_concurrent_calls_do_not_see_each_others_weights():
-    """Two threads meet inside every block, so that both calls are under way at the same time."""
+    """Two threads meet inside every block, so that both calls run at the same time."""
     x, meet = random_ids(2, 12), threading.Barrier(2)
     all_params = [make_state(PLAIN, TrainConfig(seed=seed)).params for seed in (1, 2)]
     expected = [forward(params, x, PLAIN) for params in all_params]

@@ -33,7 +33,7 @@ Record = tuple[str, bytes]
 
 
 def good() -> bytes:
-    """Return a good checkpoint, as a plain loop writes it: no digest stands in for other checks."""
+    """Return a good checkpoint as a plain loop writes it, without a digest to hide other checks."""
     buffer = io.BytesIO()
     torch.save(random_payload(), buffer)
     return buffer.getvalue()
@@ -56,7 +56,7 @@ def pickled(body: bytes, **storages: bytes) -> bytes:
 
 
 def any_zip(members: list[Record], *, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """Write a zip that ends as torch's do, with whatever members."""
+    """Write a zip with any members that ends as torch's do."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a name is there twice

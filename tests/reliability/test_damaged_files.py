@@ -45,7 +45,7 @@ def good(save, tmp_path_factory) -> tuple[bytes, str]:
 
 
 def outcomes(path, damaged, digests, record_property) -> Counter:
-    """Load every damaged version; count refusals and loads of unchanged content, allow no third."""
+    """Load every damaged version; it must be refused or load with unchanged content. Count both."""
     counts = Counter()
     for what, data in damaged:
         path.write_bytes(data)

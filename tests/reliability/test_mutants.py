@@ -1,4 +1,4 @@
-"""Broken versions of the saver and the loader, each of which the other tests have to catch."""
+"""Broken versions of the saver and the loader; the other tests must catch each of them."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ DAMAGED = "tests/reliability/test_damaged_files.py"
 
 
 class Mutant(NamedTuple):
-    """In `module`, `old` becomes `new`; of `tests` those that `-k chosen` selects have to fail."""
+    """Replace `old` by `new` in `module`; the `tests` selected by `-k chosen` must fail."""
 
     module: str
     old: str
@@ -61,14 +61,14 @@ MUTANTS = {
         DURABLE,
         "error_anywhere",
     ),
-    "short writes taken for whole": Mutant(
+    "short writes treated as complete": Mutant(
         "files/durable",
         "rest = rest[written:]",
         "rest = rest[len(rest) :]",
         DURABLE,
         "short_writes",
     ),
-    "temporary left after an error": Mutant(
+    "temporary file left after an error": Mutant(
         "files/durable",
         "            temporary.unlink(missing_ok=True)",
         "            pass",
@@ -82,7 +82,7 @@ MUTANTS = {
         DURABLE,
         "missing_folder",
     ),
-    "names in another order": Mutant(
+    "names written in another order": Mutant(
         "files/durable",
         "    for path in paths:\n        _replace(path, data)",
         "    for path in reversed(paths):\n        _replace(path, data)",
@@ -99,7 +99,7 @@ MUTANTS = {
     "a lock that waits": Mutant(
         "files/durable", "LOCK_EX | fcntl.LOCK_NB", "LOCK_SH", DURABLE, "held_folder"
     ),
-    "a lock that children inherit": Mutant(
+    "a lock inherited by child processes": Mutant(
         "files/durable",
         "    with _closing(fd):\n        try:\n            with _named(path):\n",
         "    with _closing(fd):\n        os.set_inheritable(fd, True)\n        try:\n"
@@ -107,14 +107,14 @@ MUTANTS = {
         DURABLE,
         "children_of_a_killed",
     ),
-    "setting aside into a used folder": Mutant(
+    "moving aside into a folder in use": Mutant(
         "files/durable",
         "            aside.mkdir()",
         "            aside.mkdir(exist_ok=True)",
         DURABLE,
         "never_overwrites",
     ),
-    "a failed append left half-done": Mutant(
+    "a failed append left incomplete": Mutant(
         "files/durable",
         "                    os.ftruncate(fd, size)",
         "                    pass",
@@ -135,7 +135,7 @@ MUTANTS = {
         CHECKPOINT,
         "digest_covers",
     ),
-    "a digest that takes a tuple for a list": Mutant(
+    "a digest that treats tuples as lists": Mutant(
         "files/schema",
         'yield f"{kind} {len(value)};"',
         'yield f"list {len(value)};"',
@@ -159,7 +159,7 @@ MUTANTS = {
         HOSTILE,
         "system or bytearray",
     ),
-    "members twice allowed": Mutant(
+    "duplicate members allowed": Mutant(
         "files/torchfile", "if len(set(names)) < len(names)", "if False", HOSTILE, "twice"
     ),
     "compressed members allowed": Mutant(
@@ -214,7 +214,7 @@ MUTANTS = {
         "not_finite_is_not_saved",
     ),
     "NaN as best loss": Mutant("files/schema", "math.isnan(best) or", "", CHECKPOINT, "nan_never"),
-    "shapes not compared": Mutant(
+    "shapes not checked": Mutant(
         "files/schema",
         "    if tuple(t.shape) != shape:",
         "    if False:",
@@ -249,49 +249,49 @@ MUTANTS = {
         ROUND_TRIP,
         "module_view",
     ),
-    "no moments before step 1 forgotten": Mutant(
+    "empty moments before step 1 omitted": Mutant(
         "optim/__init__",
         "    if not step:\n        return {}\n",
         "",
         ROUND_TRIP,
         "module_view",
     ),
-    "the first good one for the newest": Mutant(
+    "the first good checkpoint taken as the newest": Mutant(
         "checkpoint",
         "if found is None or checkpoint.step > found.step:",
         "if found is None:",
         CHECKPOINT,
         "newest_good",
     ),
-    "damage not passed over": Mutant(
+    "damaged checkpoints not skipped": Mutant(
         "checkpoint",
         "            skipped.append((path, str(error)))\n            continue",
         "            return None, [(path, str(error))]",
         CHECKPOINT,
         "newest_good",
     ),
-    "one name only": Mutant(
+    "only one name written": Mutant(
         "files/payload",
         "[Path(path) for path in paths]",
         "[Path(paths[0])]",
         CHECKPOINT,
         "several_names",
     ),
-    "the model diff not looked at": Mutant(
+    "the model diff not checked": Mutant(
         "checkpoint",
         "        validate_model_config_match(self.model_cfg, model_cfg)\n",
         "",
         CHECKPOINT,
         "shows_the_diff",
     ),
-    "batches counted anew in a resume": Mutant(
+    "batches counted from 0 after a resume": Mutant(
         "run/session",
         "batch=lambda step: corpus.batch(step, device)",
         "batch=lambda step: corpus.batch(step - plan.state.step, device)",
         TRAIN,
         "ends_in_the_same_bytes",
     ),
-    "metrics not cut back on a resume": Mutant(
+    "metrics not truncated on a resume": Mutant(
         "run/plan",
         "records = records_until(metrics, state.step, scores.val_step)",
         "records = metrics",

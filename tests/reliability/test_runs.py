@@ -1,4 +1,4 @@
-"""Whole runs under kills and signals: they end in the bits of a run that was never touched."""
+"""Whole runs under kills and signals: they end in the bits of an uninterrupted run."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def runner(tmp_path_factory, texts):
 
 @pytest.fixture(scope="module")
 def whole(runner):
-    """What a run leaves that was never touched."""
+    """The files of an uninterrupted run."""
     folder = runner.root / "whole"
     code, told = runner.finish(folder)
     assert code == 0, told
@@ -116,7 +116,7 @@ def test_chains_of_kills_end_in_the_same_bits(runner, whole, tmp_path, tries):
     "how", ["--no-compile", pytest.param("--compile", marks=pytest.mark.reliability)]
 )
 def test_several_threads_end_in_the_same_bits(runner, tmp_path, how):
-    """On a model that is large enough for its operations to be shared by the threads."""
+    """On a model large enough for its operations to be shared by the threads."""
     sizes = {"T": 64, "C": 64, "d_ff": 256}
     larger = [part for key, n in sizes.items() for part in ("--set", f"model.{key}={n}")]
     folders = tmp_path / "whole", tmp_path / "resumed"

@@ -109,7 +109,7 @@ class Stage:
         return found
 
     def calls(self) -> list[Call]:
-        """List the system calls of the save of bytes, but for those that manage memory."""
+        """List the system calls of saving the bytes, except those that manage memory."""
         found = [call for call, _ in self.traced("--bytes") if call.name not in MEMORY]
         names = {call.name for call in found}
         assert {"openat", "write", "fsync", "close"} <= names
@@ -134,7 +134,7 @@ class Stage:
         return run
 
     def names_done(self, digests: list[str | None] | None = None) -> int:
-        """Return how many names are new, in the order of the save; all others have to be old."""
+        """Return how many names are new, in the order of the save; all others must be old."""
         if digests is None:
             digests = [sha256(self.folder / name) for name in self.names]
         old, new = (hashlib.sha256(data).hexdigest() for data in (self.old, self.new))
@@ -144,7 +144,7 @@ class Stage:
         return done
 
     def check_loads(self, done: int) -> None:
-        """Check that the folder offers a good checkpoint unless the first save was cut short."""
+        """Check that the folder has a good checkpoint unless the first save was cut short."""
         found, skipped = newest_good(self.folder)
         assert skipped == []
         assert (found is None) == (not self.before and done == 0)

@@ -1,4 +1,4 @@
-"""The compiled step: compared with the eager one before it is used, or not used."""
+"""The compiled step: used only if it agrees with the eager one."""
 
 import json
 from functools import partial

@@ -1,4 +1,4 @@
-"""What a dry run says a run will cost, against what the run then costs."""
+"""The cost that a dry run estimates, against the actual cost of the run."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def config(**changes):
 
 
 class World:
-    """Ports that write down what happens, and keep every save."""
+    """Ports that record what happens and keep every save."""
 
     def __init__(self, cfg, *, stop_at=None, fail_saves=(), stop_in_evaluation=False):
         self.cfg, self.stop_at, self.events, self.files = cfg, stop_at, [], {}

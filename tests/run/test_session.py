@@ -1,4 +1,4 @@
-"""What a run does when the world does not play along: the disk, the numbers, the log."""
+"""What a run does when the disk, the numbers or the log fail."""
 
 import errno
 import json

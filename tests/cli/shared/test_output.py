@@ -1,4 +1,4 @@
-"""How commands print and end: whatever becomes of their streams, and on Ctrl-C."""
+"""How commands print and exit, with closed or broken streams and on Ctrl-C."""
 
 from __future__ import annotations
 
