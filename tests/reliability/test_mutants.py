@@ -19,6 +19,7 @@ CHECKPOINT = "tests/test_checkpoint.py"
 ROUND_TRIP = "tests/test_checkpoint_roundtrip.py"
 HOSTILE = "tests/reliability/test_hostile_files.py"
 TRAIN = "tests/test_train.py"
+OPTIMIZERS = "tests/optim/test_optim.py"
 DAMAGED = "tests/reliability/test_damaged_files.py"
 
 
@@ -246,15 +247,15 @@ MUTANTS = {
         "optim/__init__",
         "    fields = opt_state._asdict()",
         "    fields = dict(zip(opt_state._fields, reversed(opt_state)))",
-        ROUND_TRIP,
-        "module_view",
+        OPTIMIZERS,
+        "entries_hold",
     ),
     "empty moments before step 1 omitted": Mutant(
         "optim/__init__",
         "    if not step:\n        return {}\n",
         "",
-        ROUND_TRIP,
-        "module_view",
+        OPTIMIZERS,
+        "entries_hold",
     ),
     "the first good checkpoint taken as the newest": Mutant(
         "checkpoint",
