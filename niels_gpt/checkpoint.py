@@ -157,7 +157,7 @@ def open_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "
     """Read and verify a checkpoint; its parameters go to `device`, all else stays on the CPU.
 
     Nothing in the file is executed. Checked, in this order, before any tensor is used: the kind
-    and size of the file, the zip directory, every CRC, the instructions of the pickle, then all
+    and size of the file, the layout of the zip, the instructions of the pickle, every CRC, then all
     keys, types, dtypes, shapes, strides and storages, that all is finite, and the digest where
     there is one.
 

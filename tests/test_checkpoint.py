@@ -27,6 +27,7 @@ from niels_gpt.checkpoint import (
 )
 from niels_gpt.config import ModelConfig, TrainConfig, to_dict
 from niels_gpt.eval import Scores
+from niels_gpt.files import schema
 from niels_gpt.files.payload import write_payload
 from niels_gpt.files.schema import MODEL_FIELDS, check_payload, content_digest
 from niels_gpt.files.torchfile import CheckpointError
@@ -117,6 +118,23 @@ def test_what_cannot_be_read_back_is_not_written(tmp_path, value, message):
     with pytest.raises(CheckpointError, match=message):
         write_payload([tmp_path / "a.pt"], payload)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_config_that_is_too_long_to_be_read_back_is_not_written(tmp_path):
+    payload = replaced(random_payload(), "train_cfg", by={"notes": "x" * 17_000_000})
+    with pytest.raises(CheckpointError, match=r"not saved to .*data\.pkl is larger than"):
+        write_payload([tmp_path / "a.pt"], payload)
+    assert os.listdir(tmp_path) == []
+    payload["train_cfg"]["notes"] = "x" * 16_000_000
+    write_payload([tmp_path / "a.pt"], payload)
+    load_checkpoint(tmp_path / "a.pt", device="cpu")
+
+
+def test_tensors_that_are_too_large_to_be_read_back_are_not_even_serialised(tmp_path, monkeypatch):
+    monkeypatch.setattr(schema, "MAX_FILE_BYTES", 1000)
+    monkeypatch.delattr(torch, "save")
+    with pytest.raises(CheckpointError, match=r"tensors take 2,[0-9]{3} bytes, more than 1,000"):
+        write_payload([tmp_path / "a.pt"], random_payload())
 
 
 def test_a_list_that_holds_itself_is_not_written(tmp_path):
@@ -283,6 +301,22 @@ REFUSED = {
         replaced(GOOD, "optimizer_state", "state", 99, by={}),
         r"state\.99 belongs to no parameter",
     ),
+    "a tensor in a config": (
+        replaced(GOOD, "train_cfg", "lr", by=torch.tensor(0.1)),
+        r"train_cfg\.lr is a tensor, not a plain value",
+    ),
+    "a tensor in the environment": (
+        {**GOOD, "environment": {"threads": [0, torch.tensor(1)]}},
+        r"environment\.threads\[1\] is a tensor, not a plain value",
+    ),
+    "a loss that is no float": (
+        replaced(GOOD, "best_val_loss", by=2**1990),
+        "best_val_loss is an integer of 1991 bits",
+    ),
+    "a number of a parameter that is slow to hash": (
+        replaced(GOOD, *GROUP, "params", by=[2**61]),
+        "lists no parameters",
+    ),
     "deep nesting": (
         replaced(GOOD, "train_cfg", "deep", by=eval("[" * 40 + "]" * 40)),
         "nested deeper",
@@ -298,6 +332,55 @@ def test_content_that_is_not_right_is_refused_by_name(tmp_path, case):
     with pytest.raises(CheckpointError, match=message) as caught:
         load_checkpoint(file, device="cpu")
     assert str(caught.value).startswith(f"{file}: ")
+
+
+WEIGHTS = GPT(TINY).state_dict()
+MODULE = torch.nn.DataParallel(torch.nn.ModuleDict({"gpt": GPT(TINY)}))
+MOMENTS = torch.optim.AdamW(GPT(TINY).parameters()).state_dict()
+FOREIGN = {
+    "nanoGPT": (
+        {
+            "model": {"transformer.wte.weight": WEIGHTS["tok_emb.weight"]},
+            "optimizer": MOMENTS,
+            "model_args": {"n_layer": 1, "bias": False},
+            "iter_num": 3,
+            "best_val_loss": torch.tensor(1.5),
+            "config": {"out_dir": "out"},
+        },
+        "is a nanoGPT checkpoint: a different network",
+    ),
+    "a bare state_dict": (
+        WEIGHTS,
+        r"is a bare state_dict \(tok_emb\.weight, .*\), not a dict with the keys model_cfg",
+    ),
+    "an optimizer": (MOMENTS, "is the state_dict of an optimizer, not a dict with the keys"),
+    "another trainer's": (
+        {"state_dict": WEIGHTS, "epoch": 3},
+        "lacks the keys model_cfg, train_cfg, model_state, step; it contains state_dict, epoch",
+    ),
+    "a compiled module": (
+        {**GOOD, "model_state": {f"_orig_mod.{name}": t for name, t in WEIGHTS.items()}},
+        r"saved from a wrapper of the model \(its names begin with _orig_mod\.\); save the state_d",
+    ),
+    "wrapped twice": (
+        {**GOOD, "model_state": MODULE.state_dict()},
+        r"its names begin with module\.gpt\.",
+    ),
+    "views of other storages": (
+        {**GOOD, "model_state": {n: torch.zeros(9)[:1] for n in ("wte", "wpe")}},
+        "lacks blocks",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_the_first_message_is_what_the_file_is(tmp_path, case):
+    """Not what of it fails first, such as a storage that two tensors share."""
+    payload, message = FOREIGN[case]
+    file = tmp_path / "foreign.pt"
+    torch.save(payload, file)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(file, device="cpu")
 
 
 CHANGES = {

@@ -10,13 +10,13 @@ import torch
 
 from niels_gpt.files import durable
 from niels_gpt.files.schema import Payload, canonical_payload, check_payload, content_digest
-from niels_gpt.files.torchfile import CheckpointError, read_torch_file
+from niels_gpt.files.torchfile import CheckpointError, check_torch_file, read_torch_file
 
 
 def write_payload(paths: Sequence[str | os.PathLike[str]], payload: Mapping[str, Any]) -> str:
     """Write a payload durably under each name in turn; return its digest.
 
-    It must pass the same checks as on loading, so a file that would not load is never written.
+    Payload and file must pass the checks of loading: a file that would not load is never written.
 
     Raises:
         CheckpointError: if a value cannot be stored or is not finite.
@@ -26,10 +26,12 @@ def write_payload(paths: Sequence[str | os.PathLike[str]], payload: Mapping[str,
     try:
         content = {key: value for key, value in payload.items() if key != "digest"}
         content = check_payload(canonical_payload(content))
+        digest = content_digest(content)
+        file = _encoded(content, digest)
+        check_torch_file(file)
     except CheckpointError as error:
         raise CheckpointError(f"not saved to {where}: {error}") from None
-    digest = content_digest(content)
-    durable.write_durably([Path(path) for path in paths], _encoded(content, digest))
+    durable.write_durably([Path(path) for path in paths], file.getbuffer())
     return digest
 
 
@@ -48,10 +50,10 @@ def read_payload(path: Path) -> Payload:
 
 def file_size(payload: Mapping[str, Any]) -> int:
     """Return the size of a payload's file in bytes; the payload is not checked."""
-    return len(_encoded(canonical_payload(payload), "0" * 64))
+    return _encoded(canonical_payload(payload), "0" * 64).getbuffer().nbytes
 
 
-def _encoded(content: Payload, digest: str) -> memoryview:
-    buffer = io.BytesIO()
-    torch.save({**content, "digest": digest}, buffer)
-    return buffer.getbuffer()
+def _encoded(content: Payload, digest: str) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save({**content, "digest": digest}, file)
+    return file

@@ -4,7 +4,6 @@ A payload is the dict of a checkpoint (its keys are listed in `niels_gpt.checkpo
 checks apply on writing and on reading, so every file that is written loads.
 """
 
-import ctypes
 import hashlib
 import math
 import sys
@@ -16,20 +15,31 @@ import torch
 from torch import Tensor
 
 from niels_gpt.config import ModelConfig
-from niels_gpt.files.torchfile import CheckpointError, show
+from niels_gpt.files.torchfile import (
+    MAX_FILE_BYTES,
+    CheckpointError,
+    key_problem,
+    raw_bytes,
+    show,
+)
 from niels_gpt.model.gpt import skeleton
 from niels_gpt.optim import state_fields
 
 Payload = dict[str, Any]
+Place = tuple[Any, Any] | None  # in a payload: the place above, and the key, or [index], below it
+Tensors = list[tuple[Place, Tensor]]
 
 KEYS = ("model_cfg", "train_cfg", "model_state", "optimizer_state", "step", "best_val_loss")
 OPTIONAL = ("optimizer_state", "best_val_loss")
 MODEL_FIELDS = tuple(field.name for field in fields(ModelConfig))
 TIED = ("model_state.tok_emb.weight", "model_state.lm_head.weight")
 
+PLAIN = ("model_cfg", "train_cfg", "scores", "sources", "environment")  # as JSON: no tensors
+
 MAX_VALUES = 200_000  # 1024 blocks take 60 thousand
 MAX_DEPTH = 32
-MAX_INT_BITS = 2000
+MAX_NAME = 200  # of a place in a message
+MAX_INT_BITS = 1000  # each of them is a float as well
 MAX_STEP = 10**12
 
 
@@ -41,7 +51,7 @@ def canonical_payload(payload: Mapping[str, Any]) -> Payload:
     first = [key for key in KEYS if key in payload]
     seen: set[int] = set()
     clean: Payload = {
-        sys.intern(key): _canonical(payload[key], key, seen)
+        sys.intern(key): _canonical(payload[key], (None, key), seen)
         for key in first + sorted(payload.keys() - {*KEYS})
     }
     given = payload.get("model_state")
@@ -53,13 +63,13 @@ def canonical_payload(payload: Mapping[str, Any]) -> Payload:
     return clean
 
 
-def _canonical(value: object, where: str, seen: set[int], depth: int = 0) -> Any:
+def _canonical(value: object, where: Place, seen: set[int], depth: int = 0) -> Any:
     """Copy as needed so that equal content pickles to equal bytes.
 
     Strings are interned because pickle deduplicates repeated objects, not repeated values.
     """
     if depth > MAX_DEPTH:
-        raise CheckpointError(f"{where} is nested deeper than {MAX_DEPTH} levels")
+        raise CheckpointError(f"{_name(where)} is nested deeper than {MAX_DEPTH} levels")
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, Tensor):
@@ -73,14 +83,15 @@ def _canonical(value: object, where: str, seen: set[int], depth: int = 0) -> Any
     if isinstance(value, Mapping):
         return {
             sys.intern(key) if isinstance(key, str) else key: _canonical(
-                value[key], f"{where}.{show(key)}", seen, depth + 1
+                value[key], (where, key), seen, depth + 1
             )
             for key in _sorted_keys(value, where)
         }
     if isinstance(value, list | tuple):
-        items = [_canonical(v, f"{where}[{i}]", seen, depth + 1) for i, v in enumerate(value)]
+        items = [_canonical(v, (where, [i]), seen, depth + 1) for i, v in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
-    raise CheckpointError(f"{where} is a {type(value).__name__}, which a checkpoint cannot store")
+    what = type(value).__name__
+    raise CheckpointError(f"{_name(where)} is a {what}, which a checkpoint cannot store")
 
 
 def _compact(tensor: Tensor, seen: set[int]) -> Tensor:
@@ -98,11 +109,10 @@ def _same(a: object, b: object) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and (a is b or torch.equal(a, b))
 
 
-def _sorted_keys(value: Mapping[Any, Any], where: str) -> list[str | int]:
+def _sorted_keys(value: Mapping[Any, Any], where: Place) -> list[str | int]:
     for key in value:
-        if type(key) not in (str, int):
-            raise CheckpointError(f"{where} has a key of type {type(key).__name__}")
-        _check_size(key, f"a key of {where}")
+        if problem := key_problem(key):
+            raise CheckpointError(f"{_name(where)} {problem}")
     return sorted(value, key=lambda key: (type(key).__name__, key))
 
 
@@ -122,10 +132,10 @@ def _encoding(value: Any) -> Iterator[bytes | memoryview]:
     if isinstance(value, Tensor):
         on_cpu = value.cpu().contiguous()
         yield f"tensor {value.dtype} {tuple(value.shape)};".encode()
-        yield _raw_bytes(on_cpu)
+        yield raw_bytes(on_cpu)
     elif isinstance(value, Mapping):
         yield f"dict {len(value)};".encode()
-        for key in _sorted_keys(value, "the payload"):
+        for key in _sorted_keys(value, None):
             yield from _encoding(key)
             yield from _encoding(value[key])
     elif isinstance(value, list | tuple):
@@ -139,25 +149,20 @@ def _encoding(value: Any) -> Iterator[bytes | memoryview]:
         yield f"{kind} {value!r};".encode()
 
 
-def _raw_bytes(t: Tensor) -> memoryview:
-    """View the memory of a contiguous CPU tensor; valid while the tensor lives."""
-    if not t.nbytes:
-        return memoryview(b"")
-    return memoryview((ctypes.c_char * t.nbytes).from_address(t.data_ptr()))
-
-
 # --- checks ------------------------------------------------------------------------------------
 
 
 def check_payload(payload: object) -> Payload:
-    """Return a copy with plain dicts and the same tensors, or raise naming the first problem."""
+    """Return a copy with plain dicts and the same tensors, or raise naming the first problem.
+
+    The order makes the first message the true cause: keys, types, names, storages, shapes, values.
+    """
     if not isinstance(payload, dict):
         raise CheckpointError(f"contains a {type(payload).__name__}, not a dict")
-    clean = _check_value(payload, "", {}, iter(range(MAX_VALUES)))
+    _check_kind(payload)
+    tensors: Tensors = []
+    clean = _check_value(payload, None, tensors, iter(range(MAX_VALUES)))
     clean = {**dict.fromkeys(OPTIONAL), **clean}
-    missing = [key for key in KEYS if key not in clean]
-    if missing:
-        raise CheckpointError(f"lacks the keys {', '.join(missing)}")
     for key, kinds in {
         "model_cfg": (dict,),
         "train_cfg": (dict,),
@@ -174,64 +179,108 @@ def check_payload(payload: object) -> Payload:
     best = clean["best_val_loss"]
     if best is not None and (math.isnan(best) or best == -math.inf):
         raise CheckpointError(f"best_val_loss is {best}")
-    shapes = _check_model_state(clean["model_state"], _model_config(clean["model_cfg"]))
+    shapes = parameter_shapes(_model_config(clean["model_cfg"]))
+    _check_names(clean["model_state"], shapes)
+    _check_storages(tensors)
+    _check_model_state(clean["model_state"], shapes)
     if clean["optimizer_state"] is not None:
         _check_optimizer_state(clean["optimizer_state"], shapes)
-    _check_finite(clean["model_state"], "model_state")
-    _check_finite(clean["optimizer_state"], "optimizer_state")
+    _check_finite(tensors)
     return clean
 
 
+def _check_kind(payload: Mapping[Any, Any]) -> None:
+    """Refuse a dict that is not a checkpoint; say what it is where that can be told."""
+    missing = [key for key in KEYS if key not in {*OPTIONAL, *payload}]
+    if not missing:
+        return
+    keys = f"a dict with the keys {', '.join(KEYS)}"
+    if {"model", "model_args", "iter_num"} <= payload.keys():
+        what = "is a nanoGPT checkpoint: a different network, which cannot be loaded"
+    elif payload and all(isinstance(value, Tensor) for value in payload.values()):
+        what = f"is a bare state_dict ({show(next(iter(payload)))}, ...), not {keys}"
+    elif {"state", "param_groups"} <= payload.keys():
+        what = f"is the state_dict of an optimizer, not {keys}"
+    else:
+        found = ", ".join(map(show, list(payload)[:10]))
+        what = f"lacks the keys {', '.join(missing)}; it contains {found or 'nothing'}"
+    raise CheckpointError(what)
+
+
 def _check_value(
-    value: object, where: str, storages: dict[int, str], budget: Iterator[int], depth: int = 0
+    value: object, where: Place, tensors: Tensors, budget: Iterator[int], depth: int = 0
 ) -> Any:
+    """Copy plain values, within bounds, and collect the tensors with their places."""
     if next(budget, None) is None:
         raise CheckpointError(f"contains more than {MAX_VALUES} values")
     if depth > MAX_DEPTH:
-        raise CheckpointError(f"{where} is nested deeper than {MAX_DEPTH} levels")
+        raise CheckpointError(f"{_name(where)} is nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, Tensor):
-        _check_tensor(value, where, storages)
+        tensors.append((where, value))
         return value
     if isinstance(value, dict):
-        _sorted_keys(value, where or "the dict")
-        dot = f"{where}." if where else ""
+        _sorted_keys(value, where)
         return {
-            key: _check_value(item, f"{dot}{show(key)}", storages, budget, depth + 1)
+            key: _check_value(item, (where, key), tensors, budget, depth + 1)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
         items = [
-            _check_value(item, f"{where}[{i}]", storages, budget, depth + 1)
+            _check_value(item, (where, [i]), tensors, budget, depth + 1)
             for i, item in enumerate(value)
         ]
         return items if isinstance(value, list) else tuple(items)
-    _check_size(value, where)
+    if type(value) is int and value.bit_length() > MAX_INT_BITS:
+        raise CheckpointError(f"{_name(where)} is an integer of {value.bit_length()} bits")
     if value is None or type(value) in (bool, int, float, str):
         return value
-    raise CheckpointError(f"{where} is a {type(value).__name__}")
+    raise CheckpointError(f"{_name(where)} is a {type(value).__name__}")
 
 
-def _check_size(value: object, where: str) -> None:
-    if type(value) is int and value.bit_length() > MAX_INT_BITS:
-        raise CheckpointError(f"{where} is an integer of {value.bit_length()} bits")
+def _name(where: Place) -> str:
+    """Write a place as model_state.tok_emb.weight or train_cfg.list[3], cut to its end if long."""
+    parts: list[str] = []
+    while where is not None:
+        where, key = where
+        parts.append(f"[{key[0]}]" if isinstance(key, list) else f".{show(key)}")
+    name = "".join(reversed(parts)).removeprefix(".") or "the dict"
+    return name if len(name) <= MAX_NAME else f"...{name[-MAX_NAME:]}"
 
 
-def _check_tensor(t: Tensor, where: str, storages: dict[int, str]) -> None:
-    """Check that a tensor fills its own storage, which only the tied pair may share."""
+def _section(where: Place) -> object:
+    """Return the key of the payload below which a place is."""
+    section = None
+    while where is not None:
+        where, section = where
+    return section
+
+
+def _check_storages(tensors: Tensors) -> None:
+    """Each tensor fills a storage, of its own but for the tied pair; none is among plain values."""
+    owners: dict[int, Place] = {}
+    for where, t in tensors:
+        if _section(where) in PLAIN:
+            raise CheckpointError(f"{_name(where)} is a tensor, not a plain value")
+        _check_plain(t, where)
+        owner = owners.setdefault(t.untyped_storage().data_ptr(), where) if t.nbytes else where
+        if owner is not where and {_name(owner), _name(where)} != set(TIED):
+            raise CheckpointError(f"{_name(where)} shares the storage of {_name(owner)}")
+    size = sum({t.untyped_storage().data_ptr(): t.nbytes for _, t in tensors}.values())
+    if size > MAX_FILE_BYTES:
+        raise CheckpointError(f"its tensors take {size:,} bytes, more than {MAX_FILE_BYTES:,}")
+
+
+def _check_plain(t: Tensor, where: Place) -> None:
     if type(t) is not Tensor or t.layout is not torch.strided or t.device.type != "cpu":
-        raise CheckpointError(f"{where} is not a plain tensor")
+        raise CheckpointError(f"{_name(where)} is not a plain tensor")
     if t.requires_grad or t.is_conj() or t.is_neg() or t.is_quantized:
-        raise CheckpointError(f"{where} is not plain data")
+        raise CheckpointError(f"{_name(where)} is not plain data")
     storage = t.untyped_storage()
     if not t.is_contiguous() or t.storage_offset() != 0 or storage.nbytes() != t.nbytes:
         raise CheckpointError(
-            f"{where} of shape {tuple(t.shape)} and strides {t.stride()} does not fill"
+            f"{_name(where)} of shape {tuple(t.shape)} and strides {t.stride()} does not fill"
             f" its storage of {storage.nbytes()} bytes"
         )
-    if t.nbytes:
-        owner = storages.setdefault(storage.data_ptr(), where)
-        if owner != where and {owner, where} != set(TIED):
-            raise CheckpointError(f"{where} shares the storage of {owner}")
 
 
 def _model_config(model_cfg: Mapping[str, Any]) -> ModelConfig:
@@ -244,19 +293,34 @@ def _model_config(model_cfg: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(f"model_cfg: {error}") from None
 
 
-def _check_model_state(model_state: dict[str, Any], cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Check against the model's config; return the shapes of the parameters."""
-    shapes = parameter_shapes(cfg)
-    expected = {**shapes, "lm_head.weight": shapes["tok_emb.weight"]}
-    for name in sorted(expected.keys() ^ model_state.keys(), key=str):
+def _check_names(model_state: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+    """Check the names of the tensors against the model's config."""
+    expected = shapes.keys() | {"lm_head.weight"}
+    for name in sorted(expected ^ model_state.keys(), key=str):
+        if prefix := _common_prefix(model_state):
+            raise CheckpointError(
+                f"model_state was saved from a wrapper of the model (its names begin with"
+                f" {show(prefix)}); save the state_dict of the model inside it"
+            )
         what = "lacks" if name in expected else "has the unknown tensor"
         raise CheckpointError(f"model_state {what} {show(name)}")
-    for name, shape in expected.items():
+
+
+def _common_prefix(model_state: Mapping[str, Any]) -> str:
+    """Return what `torch.compile`, `DataParallel` and other wrappers put before every name."""
+    inner = "tok_emb.weight"
+    names = [str(name) for name in model_state]
+    prefix = next((name.removesuffix(inner) for name in names if name.endswith(inner)), "")
+    return prefix if all(name.startswith(prefix) for name in names) else ""
+
+
+def _check_model_state(model_state: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check dtypes and shapes against the model's config, and make the tied pair one tensor."""
+    for name, shape in {**shapes, "lm_head.weight": shapes["tok_emb.weight"]}.items():
         _check_float_tensor(model_state[name], f"model_state.{name}", shape)
     if not _same(model_state["tok_emb.weight"], model_state["lm_head.weight"]):
         raise CheckpointError("model_state.lm_head.weight differs from tok_emb.weight")
     model_state["lm_head.weight"] = model_state["tok_emb.weight"]
-    return shapes
 
 
 def _check_float_tensor(t: object, where: str, shape: tuple[int, ...]) -> None:
@@ -279,17 +343,17 @@ def _check_optimizer_state(
         raise CheckpointError("optimizer_state is not the state_dict of a torch.optim optimizer")
     for i, group in enumerate(groups):
         where = f"optimizer_state.param_groups[{i}]"
-        if type(group) is not dict or not _is_list_of(group.get("params"), int):
+        if type(group) is not dict or not _is_numbering(group.get("params")):
             raise CheckpointError(f"{where} lists no parameters")
         if not _is_list_of(group.get("param_names", []), str):
             raise CheckpointError(f"{where}.param_names is not a list of names")
     ids = [i for group in groups for i in group["params"]]
     if len(set(ids)) != len(ids):
         raise CheckpointError("optimizer_state.param_groups lists a parameter twice")
-    names, fields = names_by_id(groups, list(shapes)), state_fields()
+    names, known, fields = names_by_id(groups, list(shapes)), set(ids), state_fields()
     for i, entry in per_parameter.items():
         where = f"optimizer_state.state.{show(i)}"
-        if i not in ids or type(entry) is not dict:
+        if i not in known or type(entry) is not dict:
             raise CheckpointError(f"{where} belongs to no parameter")
         if "step" in entry and not _is_number(entry["step"]):
             raise CheckpointError(f"{where}.step is not a number")
@@ -301,21 +365,20 @@ def _is_list_of(value: object, kind: type) -> bool:
     return type(value) is list and all(type(item) is kind for item in value)
 
 
+def _is_numbering(value: object) -> bool:
+    return _is_list_of(value, int) and not any(map(key_problem, value))  # type: ignore[call-overload]
+
+
 def _is_number(value: object) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex()
     return type(value) in (int, float)
 
 
-def _check_finite(value: object, where: str) -> None:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _check_finite(item, f"{where}.{key}")
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            _check_finite(item, f"{where}[{i}]")
-    elif isinstance(value, Tensor) and not _is_finite(value):
-        raise CheckpointError(f"{where} has a value that is not finite")
+def _check_finite(tensors: Tensors) -> None:
+    for where, t in tensors:
+        if _section(where) in ("model_state", "optimizer_state") and not _is_finite(t):
+            raise CheckpointError(f"{_name(where)} has a value that is not finite")
 
 
 def _is_finite(t: Tensor) -> bool:

@@ -4,16 +4,19 @@
 each, its name and what came of it. Should one of them run code, that leaves the file `EXECUTED`.
 """
 
+import gzip
 import io
 import json
+import math
 import os
 import pickle
 import resource
 import socket
 import struct
 import sys
-import warnings
+import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,17 +29,17 @@ from niels_gpt.files.schema import content_digest
 from niels_gpt.files.torchfile import CheckpointError
 from tests.checkpoints import TINY, random_payload
 
+MAX_MEMORY = 1 << 30
+MAX_SECONDS = 30
 CANARY = "EXECUTED"
 COMMAND = f"touch {CANARY}"
 
 Record = tuple[str, bytes]
 
 
-def good() -> bytes:
+def good(seed: int = 0) -> bytes:
     """Return a good checkpoint as a plain loop writes it, without a digest to hide other checks."""
-    buffer = io.BytesIO()
-    torch.save(random_payload(), buffer)
-    return buffer.getvalue()
+    return saved(random_payload(seed=seed))
 
 
 def torch_zip(*records: Record) -> bytes:
@@ -55,37 +58,81 @@ def pickled(body: bytes, **storages: bytes) -> bytes:
     return torch_zip(("data.pkl", b"\x80\x02" + body + b"."), *records)
 
 
-def any_zip(members: list[Record], *, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """Write a zip with any members that ends as torch's do."""
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a name is there twice
-        with zipfile.ZipFile(buffer, "w", compression) as archive:
-            for name, data in members:
-                archive.writestr(name, data)
-    return with_torch_end(buffer.getvalue())
+def laid_out(
+    records: list[Record],
+    *,
+    header: dict[str, Any] | None = None,
+    entry: dict[str, Any] | None = None,
+    end: dict[str, Any] | None = None,
+    of: str = "archive/data/0",
+    before: bytes = b"",
+    behind: bytes = b"",
+    twin: bool = True,
+) -> bytes:
+    """Lay members out as torch.save does, but for some fields of one header, entry or the end.
+
+    `before` comes in front of that member, `behind` after its data, and without its `twin` the
+    descriptor is missing.
+    """
+    out, directory = b"", b""
+    for name, data in records:
+        mine = name == of
+        crc, size = zlib.crc32(data), len(data)
+        same = {"name": name.encode(), "flags": 0x0808, "method": 0, "crc": crc, "size": size}
+        h = {**same, "crc": 0, "size": 0, "extra": b"FB\x00\x00", **((mine and header) or {})}
+        e = {**same, "extra": b"", "note": b"", **((mine and entry) or {})}
+        out += before if mine else b""
+        e.setdefault("at", len(out))
+        sizes = (h["crc"], h["size"], h["size"], len(h["name"]), len(h["extra"]))
+        out += struct.pack("<4s2xHH4xIIIHH", b"PK\x03\x04", h["flags"], h["method"], *sizes)
+        out += h["name"] + h["extra"] + data + (behind if mine else b"")
+        if twin or not mine:
+            out += struct.pack("<4sIII", b"PK\x07\x08", crc, size, size)
+        sizes = (e["crc"], e["size"], e["size"], len(e["name"]), len(e["extra"]), len(e["note"]))
+        directory += struct.pack("<4s4xHH4x", b"PK\x01\x02", e["flags"], e["method"])
+        directory += struct.pack("<IIIHHH8xI", *sizes, e["at"])
+        directory += e["name"] + e["extra"] + e["note"]
+    return out + directory + ending(len(records), len(directory), len(out), **(end or {}))
 
 
-def with_torch_end(data: bytes, **changes: int) -> bytes:
-    """Put a zip64 record and its locator before the end of a zip."""
-    end = data[-22:]
-    members, length, offset = struct.unpack_from("<HII", end, 10)
-    fields = {"members": members, "length": length, "offset": offset} | changes
-    record = struct.pack(
-        "<4sQHHIIQQQQ",
-        b"PK\x06\x06",
-        44,
-        45,
-        45,
-        0,
-        0,
-        fields["members"],
-        fields["members"],
-        fields["length"],
-        fields["offset"],
-    )
-    locator = struct.pack("<4sIQI", b"PK\x06\x07", 0, len(data) - 22, 1)
-    return data[:-22] + record + locator + end
+def ending(count: int, length: int, start: int, /, **changes: Any) -> bytes:
+    """Return a zip64 record, its locator and the old end record, with some fields changed."""
+    f: dict[str, Any] = {"count": count, "length": length, "start": start, "at": start + length}
+    f |= {"old_count": count, "old_length": length, "old_start": start, "disk": 0, "disks": 1}
+    f |= {"here": count, "own": 44, "note": b"", **changes}
+    record = struct.pack("<4sQ4xIIQQ", b"PK\x06\x06", f["own"], f["disk"], 0, f["here"], f["count"])
+    record += struct.pack("<QQ", f["length"], f["start"])
+    record += struct.pack("<4sIQI", b"PK\x06\x07", 0, f["at"], f["disks"])
+    record += struct.pack("<4sHHHH", b"PK\x05\x06", 0, 0, f["old_count"], f["old_count"])
+    return record + struct.pack("<IIH", f["old_length"], f["old_start"], len(f["note"])) + f["note"]
+
+
+def two_archives(shown: bytes, hidden: bytes) -> bytes:
+    """Return a file whose end is that of `shown`, but for a locator that leads to `hidden`.
+
+    Python's zipfile does not follow the locator, torch does.
+    """
+    start, length, _ = _directory_of(hidden)
+    hidden_end = len(hidden) - 98
+    front = hidden[: hidden_end + 56]
+    assert start + length == hidden_end
+    body = shown[: _directory_of(shown)[0]]
+    directory = bytearray(shown[len(body) : len(shown) - 98])
+    at = 0
+    while at < len(directory):  # move the members of `shown` behind those of `hidden`
+        name, extra = struct.unpack_from("<HH", directory, at + 28)
+        (offset,) = struct.unpack_from("<I", directory, at + 42)
+        struct.pack_into("<I", directory, at + 42, offset + len(front))
+        at += 46 + name + extra
+    start, count = len(front) + len(body), _directory_of(shown)[2]
+    end = ending(count, len(directory), start, at=hidden_end)
+    return front + body + bytes(directory) + end
+
+
+def _directory_of(data: bytes) -> tuple[int, int, int]:
+    """Return where the directory begins, its length and its number of entries."""
+    count, length, start = struct.unpack_from("<QQQ", data, len(data) - 98 + 32)
+    return start, length, count
 
 
 def members_of(data: bytes) -> list[Record]:
@@ -146,13 +193,16 @@ def swapped(**tensors: bytes) -> bytes:
         at = body.index(text(f"PLACE{place}"))
         stop = at + len(text(f"PLACE{place}"))
         body = body[:at] + code + body[stop:]
-    kept = [
-        (name.partition("/")[2], data)
-        for name, data in records
-        if "/data/" in name or name.endswith("format_version")
-    ]
-    extra = [(f"data/{number}", bytes(64)) for number in (900, 901)]
-    return torch_zip(("data.pkl", body), *kept, *extra)
+    storages = [(n.rpartition("/")[2], data) for n, data in records if "/data/" in n]
+    storages += [("900", bytes(64)), ("901", bytes(64))]
+    named = [(f"data/{key}", data) for key, data in storages if text(key) in body]
+    return torch_zip(("data.pkl", body), *named)
+
+
+def stepping(body: bytes) -> bytes:
+    """Pickle a dict with the keys of a checkpoint and this as the step."""
+    others = b"".join(text(key) + b"}" for key in ("model_cfg", "train_cfg", "model_state"))
+    return b"}(" + others + text("step") + body + b"u"
 
 
 def nested_lists(depth: int) -> bytes:
@@ -160,7 +210,7 @@ def nested_lists(depth: int) -> bytes:
     body = b"(]q\x00"
     for level in range(depth):
         body += b"](" + bytes([*b"h", level]) * 10 + b"eq" + bytes([level + 1])
-    return b"}" + text("step") + body + b"ts"
+    return stepping(body + b"t")
 
 
 def many_blocks(blocks: int) -> bytes:
@@ -195,6 +245,10 @@ def legacy_tar() -> bytes:
     return buffer.getvalue()
 
 
+COLLIDING = range(1, 150_000)
+DIRECTORY = "zip directory is damaged"
+FRAMED = "the zip is damaged, or not written by torch.save, at 'archive/data/0'"
+FRAMED_BEFORE = "the zip is damaged, or not written by torch.save, at 'archive/"
 ORDERED = b"ccollections\nOrderedDict\n"
 FLAT = {"numel": 4, "size": (4,), "stride": (1,)}
 
@@ -259,18 +313,18 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "lists of lists": (lambda: pickled(nested_lists(40)), "more than|deeper than"),
     "lists of lists, shallow": (lambda: pickled(nested_lists(20)), "more than 200000 values"),
     "a list in itself": (
-        lambda: pickled(b"}" + text("step") + b"]q\x00h\x00as"),
+        lambda: pickled(stepping(b"]q\x00h\x00a")),
         "deeper than",
     ),
     "deep nesting": (
-        lambda: pickled(b"}" + text("step") + b"]" * 100_000 + b"a" * 99_999 + b"s"),
+        lambda: pickled(stepping(b"]" * 100_000 + b"a" * 99_999)),
         "deeper than",
     ),
     "two million instructions": (
         lambda: pickled(b"}" + text("x") + b"](" + b"N" * 2_100_000 + b"es"),
         "more than 2000000 instructions",
     ),
-    "a pickle of 20 MB": (lambda: pickled(text("x" * 20_000_000)), "no data.pkl of a valid size"),
+    "a pickle of 20 MB": (lambda: pickled(text("x" * 20_000_000)), "data.pkl is larger than"),
     "memo index 2^32": (lambda: pickled(b"}r\xff\xff\xff\xff"), "lacks the keys"),
     "a text of 4 GB, claimed": (lambda: pickled(b"X\xff\xff\xff\xffab"), "cannot be read"),
     "LONG4 of 2 GB, claimed": (lambda: pickled(b"\x8b\xff\xff\xff\x7fab"), "cannot be read|LONG4"),
@@ -282,9 +336,42 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "no end": (lambda: torch_zip(("data.pkl", b"\x80\x02}")), "cannot be read"),
     "an empty pickle": (lambda: torch_zip(("data.pkl", b"\x80\x02.")), "cannot be read"),
     "a key with a lone surrogate": (lambda: pickled(b"}" + text("\udc80") + b"Ns"), "lacks"),
-    "a list as a key": (lambda: pickled(b"}]Ns"), "cannot be read"),
+    "a list as a key": (lambda: pickled(b"}]Ns"), "has a key of type list"),
     "a tuple as a key": (lambda: pickled(b"})Ns"), "has a key of type tuple"),
-    "an OrderedDict of nonsense": (lambda: pickled(ORDERED + b"(K\x05tR"), "cannot be read"),
+    "a key that takes for ever to hash": (
+        lambda: pickled(b")" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"}h\x3bNs"),
+        "has a key of type tuple",
+    ),
+    "numbers as keys that collide": (
+        lambda: pickled(b"}(" + b"".join(number(i * (2**61 - 1)) + b"N" for i in COLLIDING) + b"u"),
+        "has a key that is an integer of 6[12] bits",
+    ),
+    "numbers of parameters that collide": (
+        lambda: with_parameters([i * (2**61 - 1) for i in COLLIDING]),
+        "lists no parameters",
+    ),
+    "an OrderedDict of nonsense": (
+        lambda: pickled(ORDERED + b"(K\x05tR"),
+        "makes a call that torch.save does not",
+    ),
+    "a call of text": (lambda: pickled(text("x") + b")R"), "makes a call"),
+    "a stack that is empty": (lambda: pickled(b"\x85"), "pops from an empty stack"),
+    "keys of a list": (
+        lambda: pickled(b"]" + text("x") + b"Ns"),
+        "sets keys of something that is not a dict",
+    ),
+    "an item of a dict": (lambda: pickled(b"}Na"), "appends to something that is not a list"),
+    "660,000 tensors": (lambda: many_tensors(660_000), "makes a call"),
+    "90,000 parameters": (lambda: with_parameters([*range(90_000)]), "match its digest"),
+    "long names above many tensors": (lambda: long_names(50_000), "match its digest"),
+    "a long name above many values": (lambda: long_name(8_000_000), "match its digest"),
+    "a loss of 2000 bits": (lambda: saved({**random_payload(), "best_val_loss": 2**1990}), "bits"),
+    "an optimizer's step of 2000 bits": (
+        lambda: undigested(
+            optimizer_state={"state": {0: {"step": 2**1990}}, "param_groups": [{"params": [0]}]}
+        ),
+        "bits",
+    ),
     # tensors
     "stride 0, 10^12 elements": (
         lambda: swapped(ln_f__bias=tensor(key="900", numel=16, size=(10**12,), stride=(0,))),
@@ -296,15 +383,15 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a storage larger than its record": (
         lambda: swapped(ln_f__bias=tensor(key="900", numel=10**6, size=(4,), stride=(1,))),
-        "cannot be read",
+        "data/900 is missing or not of the size",
     ),
     "a storage of 10^15": (
         lambda: swapped(ln_f__bias=tensor(key="900", numel=10**15, size=(4,), stride=(1,))),
-        "cannot be read",
+        "data/900 is missing or not of the size",
     ),
     "a storage of negative size": (
         lambda: swapped(ln_f__bias=tensor(key="900", numel=-1, size=(4,), stride=(1,))),
-        "cannot be read",
+        "data/900 is missing or not of the size",
     ),
     "a view into a storage": (
         lambda: swapped(ln_f__bias=tensor(key="900", numel=16, size=(4,), stride=(1,), offset=2)),
@@ -312,15 +399,15 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "beyond the storage": (
         lambda: swapped(ln_f__bias=tensor(key="900", numel=16, size=(4,), stride=(1,), offset=99)),
-        "cannot be read",
+        "exceeds its storage",
     ),
     "larger than the storage": (
         lambda: swapped(ln_f__bias=tensor(key="900", numel=16, size=(10**9,), stride=(1,))),
-        "cannot be read",
+        "exceeds its storage",
     ),
     "a negative stride": (
         lambda: swapped(ln_f__bias=tensor(key="900", numel=16, size=(4,), stride=(-1,), offset=4)),
-        "cannot be read",
+        "of an impossible size",
     ),
     "sizes that overflow": (
         lambda: swapped(ln_f__bias=tensor(key="900", numel=16, size=(2**62, 4), stride=(0, 0))),
@@ -335,11 +422,11 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a storage of a missing record": (
         lambda: swapped(ln_f__bias=tensor(key="77777", numel=4, size=(4,), stride=(1,))),
-        "cannot be read",
+        "data/77777 is missing",
     ),
     "a storage of another folder": (
         lambda: swapped(ln_f__bias=tensor(key="../../etc/passwd", numel=4, size=(4,), stride=(1,))),
-        "cannot be read",
+        "etc/passwd is missing",
     ),
     "another dtype": (
         lambda: swapped(ln_f__bias=tensor(key="900", kind="Long", numel=8, size=(8,), stride=(1,))),
@@ -371,20 +458,37 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
         ),
         "is not plain data",
     ),
-    "a storage that is a tuple": (lambda: pickled(b")Q"), "cannot be read"),
+    "a storage of two dtypes": (
+        lambda: swapped(
+            ln_f__bias=tensor(key="900", numel=16, size=(16,), stride=(1,)),
+            ln_f__weight=tensor(key="900", kind="Int", numel=16, size=(16,), stride=(1,)),
+        ),
+        "is used with two dtypes",
+    ),
+    "a storage of no tensor": (
+        lambda: torch_zip(("data.pkl", b"\x80\x02}."), ("data/0", bytes(16))),
+        "data/0, which no tensor uses",
+    ),
+    "a hundred thousand dimensions": (
+        lambda: swapped(
+            ln_f__bias=tensor(key="900", numel=16, size=(1,) * 10**5, stride=(0,) * 10**5)
+        ),
+        "not plain data",
+    ),
+    "a storage that is a tuple": (lambda: pickled(b")Q"), "refers to a storage in a way"),
     "a storage on its own": (
         lambda: pickled(
-            b"}"
-            + text("x")
-            + b"("
-            + text("storage")
-            + b"ctorch\nFloatStorage\n"
-            + text("0")
-            + text("cpu")
-            + b"K\x04tQs",
+            stepping(
+                b"("
+                + text("storage")
+                + b"ctorch\nFloatStorage\n"
+                + text("0")
+                + text("cpu")
+                + b"K\x04tQ"
+            ),
             _0=bytes(16),
         ),
-        "x is a ",
+        "step is a ",
     ),
     # configs
     "1000 blocks": (lambda: many_blocks(1000), "model_state (lacks|has the unknown)"),
@@ -402,19 +506,109 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     # containers
     "a zip bomb": (
-        lambda: any_zip(
-            [("a/data.pkl", b"\x80\x02}."), ("a/data/0", bytes(20_000_000))],
-            compression=zipfile.ZIP_DEFLATED,
+        lambda: laid_out(
+            [("a/data.pkl", b"\x80\x02}."), ("a/data/0", zlib.compress(bytes(20_000_000)))],
+            of="a/data/0",
+            header={"method": 8},
+            entry={"method": 8},
         ),
         "is compressed",
     ),
-    "overlapping members": (lambda: overlapping(1000), "larger than the file|cannot be read"),
+    "overlapping members": (lambda: overlapping(1000), "not written by torch.save, at 'a/data/0'"),
+    "a locator of another archive": (lambda: two_archives(good(), good(1)), DIRECTORY),
+    "a locator of an archive that takes for ever": (
+        lambda: two_archives(good(), FILES["a key that takes for ever to hash"][0]()),
+        DIRECTORY,
+    ),
+    "a locator of nowhere": (lambda: crafted(end={"at": 2**40}), DIRECTORY),
+    "two disks": (lambda: crafted(end={"disks": 2}), DIRECTORY),
+    "another disk": (lambda: crafted(end={"disk": 1}), DIRECTORY),
+    "fewer members on this disk": (lambda: crafted(end={"here": 3}), DIRECTORY),
+    "a longer end record": (lambda: crafted(end={"own": 200}), DIRECTORY),
+    "a comment": (lambda: crafted(end={"note": b"hello"}), "no zip directory at its end"),
+    "a comment that ends like a zip": (
+        lambda: crafted(end={"note": ending(54, 3000, 100)}),
+        DIRECTORY,
+    ),
+    "the old end record with fewer members": (lambda: crafted(end={"old_count": 3}), DIRECTORY),
+    "the old end record of another place": (lambda: crafted(end={"old_start": 64}), DIRECTORY),
+    "the old end record of another length": (lambda: crafted(end={"old_length": 64}), DIRECTORY),
+    "fewer members than entries": (
+        lambda: crafted(end={"count": 3, "here": 3, "old_count": 3}),
+        "continues after its last entry|too many entries",
+    ),
+    "more members than entries": (
+        lambda: crafted(end={"count": 99, "here": 99, "old_count": 99}),
+        "it ends early",
+    ),
+    "bytes in front": (
+        lambda: crafted(of="archive/data.pkl", before=bytes(64)),
+        "not a checkpoint, but a file of another kind",
+    ),
+    "an archive in front": (
+        lambda: crafted(of="archive/data.pkl", before=good()),
+        "does not begin with its first member",
+    ),
+    "bytes between members": (lambda: crafted(before=bytes(64)), FRAMED_BEFORE),
+    "bytes behind a member": (lambda: crafted(behind=bytes(64)), FRAMED),
+    "no descriptor": (lambda: crafted(twin=False), FRAMED),
+    "a header of another name": (lambda: crafted(header={"name": b"archive/data/1"}), FRAMED),
+    "a header of another size": (lambda: crafted(header={"size": 12}), FRAMED),
+    "a header of another CRC": (lambda: crafted(header={"crc": 12}), FRAMED),
+    "a header of another method": (lambda: crafted(header={"method": 8}), FRAMED),
+    "a header of other flags": (lambda: crafted(header={"flags": 0x0008}), FRAMED),
+    "a header with another name inside": (
+        lambda: crafted(header={"extra": unicode_name("archive/data/0", "archive/data/1")}),
+        FRAMED,
+    ),
+    "a header whose padding leaps": (lambda: crafted(header={"extra": b"FB\xff\x00"}), FRAMED),
+    "a header with a size inside": (
+        lambda: crafted(header={"extra": struct.pack("<HHQQ", 1, 16, 8, 8) + b"FB\x00\x00"}),
+        FRAMED,
+    ),
+    "an entry of other flags": (
+        lambda: crafted(entry={"flags": 0x0800}),
+        "is not stored as torch.save does",
+    ),
+    "an entry of another place": (lambda: crafted(entry={"at": 0}), FRAMED_BEFORE),
+    "an entry beyond the end": (lambda: crafted(entry={"at": 2**31}), FRAMED_BEFORE),
+    "an entry of a smaller size": (lambda: crafted(entry={"size": 8}), FRAMED),
+    "an entry of a larger size": (lambda: crafted(entry={"size": 2**31}), FRAMED),
+    "an entry with another name inside": (
+        lambda: crafted(entry={"extra": unicode_name("archive/data/0", "archive/data/1")}),
+        "unknown extra field",
+    ),
+    "an entry with a size inside": (
+        lambda: crafted(entry={"extra": struct.pack("<HHQ", 1, 8, 8)}),
+        "unknown extra field",
+    ),
+    "an entry with 64-bit values": (
+        lambda: crafted(entry={"size": 2**32 - 1, "extra": struct.pack("<HHQQ", 1, 16, 256, 256)}),
+        FRAMED,
+    ),
+    "an entry with a comment": (lambda: crafted(entry={"note": b"x"}), "directory is damaged"),
+    "a name in capitals": (
+        lambda: laid_out([*members_of(good()), ("archive/DATA.PKL", b"\x80\x02}.")]),
+        "unknown member",
+    ),
+    "a name with a NUL": (
+        lambda: laid_out([*members_of(good()), ("archive/data.pkl\0", b"\x80\x02}.")]),
+        "unknown member",
+    ),
+    "a name that commands the terminal": (
+        lambda: laid_out([("a\x1b]0;owned\x07/data.pkl", b"\x80\x02}.")]),
+        "unknown member",
+    ),
+    "a folder in capitals": (
+        lambda: laid_out([*members_of(good()), ("ARCHIVE/data.pkl", b"\x80\x02}.")]),
+        "more than one folder",
+    ),
     "a member twice": (
-        lambda: any_zip([*members_of(good()), ("archive/data.pkl", b"\x80\x02}.")]),
+        lambda: laid_out([*members_of(good()), ("archive/data.pkl", b"\x80\x02}.")]),
         "contains a member twice",
     ),
     "two folders": (
-        lambda: any_zip([*members_of(good()), ("other/data.pkl", b"\x80\x02}.")]),
+        lambda: laid_out([*members_of(good()), ("other/data.pkl", b"\x80\x02}.")]),
         "not written by torch.save",
     ),
     "a TorchScript archive": (
@@ -424,35 +618,53 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
         "unknown member",
     ),
     "a path out of the zip": (
-        lambda: any_zip([*members_of(good()), ("archive/../../etc/cron", b"")]),
+        lambda: laid_out([*members_of(good()), ("archive/../../etc/cron", b"x")]),
         "unknown member",
     ),
     "no pickle": (lambda: torch_zip(("data/0", bytes(16))), "no data.pkl"),
     "an encrypted member": (lambda: flagged(good(), 1), "compressed or encrypted"),
-    "a wrong CRC": (lambda: with_wrong_crc(good()), "its CRC does not match"),
+    "a wrong CRC": (lambda: with_wrong_crc(good()), "not written by torch.save, at"),
+    "a wrong value": (lambda: with_wrong_value(good()), "data.pkl is damaged: its CRC does not"),
     "a directory of 2^60 members": (
-        lambda: with_torch_end(good()[:-98] + good()[-22:], members=2**60),
+        lambda: crafted(end={"count": 2**60, "here": 2**60}),
         "zip directory is damaged",
     ),
     "a directory of 2^60 bytes": (
-        lambda: with_torch_end(good()[:-98] + good()[-22:], length=2**60),
+        lambda: crafted(end={"length": 2**60}),
         "zip directory is damaged",
     ),
     "66,000 members": (
-        lambda: with_torch_end(good()[:-98] + good()[-22:], members=66_000),
+        lambda: crafted(end={"count": 66_000, "here": 66_000}),
         "zip directory is damaged",
     ),
-    "big-endian numbers": (lambda: edited_byteorder(), "cannot be read|is not finite|lacks|big"),
+    "big-endian numbers": (lambda: edited_byteorder(), "have the other byte order"),
     "the old format of torch": (
         lambda: saved(random_payload(), _use_new_zipfile_serialization=False),
+        "the old format of torch.save; torch.save.* converts it",
+    ),
+    "the tar format of torch": (legacy_tar, "a tar file"),
+    "a plain pickle": (
+        lambda: pickle.dumps({"step": 1}),
+        "a pickle that was not written by torch.save",
+    ),
+    "a safetensors file": (
+        lambda: struct.pack("<Q", 64) + b'{"x":{"dtype":"F32"'.ljust(64) + bytes(16),
+        "a safetensors file",
+    ),
+    "a pointer of Git LFS": (
+        lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "a Git LFS pointer; `git lfs pull`",
+    ),
+    "a compressed file": (lambda: gzip.compress(good()), "compressed with gzip"),
+    "an empty file": (lambda: b"", "not a checkpoint, but an empty file"),
+    "zeros": (lambda: bytes(100_000), "not a checkpoint, but zeros"),
+    "text": (lambda: b'{"model": {}}\n' * 100, "not a checkpoint, but a text file"),
+    "text that begins like a zip": (
+        lambda: b"PK\x03\x04 the quick brown fox\n" * 100,
         "not a torch.save file",
     ),
-    "the tar format of torch": (legacy_tar, "not a torch.save file"),
-    "a plain pickle": (lambda: pickle.dumps({"step": 1}), "not a checkpoint"),
-    "an empty file": (lambda: b"", "not a checkpoint: 0 bytes"),
-    "zeros": (lambda: bytes(100_000), "not a torch.save file"),
-    "text": (lambda: b"PK\x03\x04 the quick brown fox\n" * 100, "not a torch.save file"),
-    "an end alone": (lambda: with_torch_end(b"PK\x05\x06" + bytes(18)), "torch.save|no data.pkl"),
+    "an end alone": (lambda: ending(0, 0, 0), "a file of another kind|a text file"),
+    "a beginning alone": (lambda: good()[:60], "truncated to 60 bytes"),
     "an ordinary zip": (lambda: ordinary_zip(), "no zip directory at its end"),
 }
 
@@ -467,17 +679,16 @@ def ordinary_zip() -> bytes:
 
 def overlapping(copies: int) -> bytes:
     """Let many entries of the directory stand for the one member."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("a/data.pkl", b"\x80\x02}.")
-        archive.writestr("a/data/0", bytes(1_000_000))
-        member = archive.infolist()[1]
-        for i in range(copies):
-            copy = zipfile.ZipInfo(f"a/data/{i + 1}")
-            copy.header_offset, copy.CRC = member.header_offset, member.CRC
-            copy.file_size = copy.compress_size = member.file_size
-            archive.filelist.append(copy)
-    return with_torch_end(buffer.getvalue())
+    data = laid_out([("a/data.pkl", b"\x80\x02}."), ("a/data/0", bytes(1_000_000))])
+    start, length, count = _directory_of(data)
+    entries = [data[start : start + length]]
+    for i in range(1, copies):
+        name = f"a/data/{i}".encode()
+        entry = bytearray(entries[0][-46 - len("a/data/0") :])
+        struct.pack_into("<H", entry, 28, len(name))
+        entries.append(bytes(entry[:46]) + name)
+    directory = b"".join(entries)
+    return data[:start] + directory + ending(count + copies - 1, len(directory), start)
 
 
 def flagged(data: bytes, flag: int) -> bytes:
@@ -493,9 +704,58 @@ def with_wrong_crc(data: bytes) -> bytes:
     return bytes(copy)
 
 
+def with_wrong_value(data: bytes) -> bytes:
+    copy = bytearray(data)
+    copy[copy.index(b"train_cfg")] ^= 1
+    return bytes(copy)
+
+
 def edited_byteorder() -> bytes:
-    members = [(n, b"big" if n.endswith("byteorder") else d) for n, d in members_of(good())]
-    return any_zip(members)
+    return laid_out([(n, b"big" if n.endswith("byteorder") else d) for n, d in members_of(good())])
+
+
+def crafted(**changes: Any) -> bytes:
+    """Return the good checkpoint in a container with some changes of `laid_out`."""
+    return laid_out(members_of(good()), **changes)
+
+
+def unicode_name(old: str, new: str) -> bytes:
+    """Return the extra field that gives a member another name (Info-ZIP's "Unicode Path")."""
+    body = struct.pack("<BI", 1, zlib.crc32(old.encode())) + new.encode()
+    return struct.pack("<HH", 0x7075, len(body)) + body
+
+
+def undigested(**changes: Any) -> bytes:
+    """Return a checkpoint that is good but for its digest, which is compared last of all."""
+    return saved({**random_payload(), "digest": "0" * 64, **changes})
+
+
+def with_parameters(numbers: list[int]) -> bytes:
+    """Return a checkpoint whose optimizer numbers its parameters so, with an entry for each."""
+    entries: dict[int, Any] = {i: {} for i in numbers if i < 2**31}
+    return undigested(optimizer_state={"state": entries, "param_groups": [{"params": numbers}]})
+
+
+def many_tensors(count: int) -> bytes:
+    """Return a list of small tensors, each made by three instructions."""
+    body = tensor(**FLAT)
+    function, args = body[: body.index(b"(")], body[body.index(b"(") : -1]
+    again = b"h\x00h\x01R" * count
+    return pickled(b"](" + function + b"q\x00" + args + b"q\x01R" + again + b"e", _0=bytes(16))
+
+
+def long_names(count: int) -> bytes:
+    """Return a checkpoint of many tensors whose names are as long as names can be."""
+    tree: Any = [torch.zeros(1, dtype=torch.uint8) for _ in range(count)]
+    for _ in range(29):
+        tree = {"\U0001f600" * 80: tree}
+    return undigested(more=tree)
+
+
+def long_name(length: int) -> bytes:
+    """Return a checkpoint with a long name above many values."""
+    more = {"x" * length: dict.fromkeys(range(100_000), 0)}
+    return undigested(optimizer_state={"state": {}, "param_groups": [], **more})
 
 
 # name -> (what makes the entry at the path, pattern of the refusal)
@@ -506,7 +766,7 @@ NODES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a link to itself": (lambda path: path.symlink_to(path.name), "cannot be read"),
     "a socket": (lambda path: _socket(path), "cannot be read|not a regular file"),
     "a terabyte of nothing": (lambda path: _sparse(path, 1 << 40), "larger than"),
-    "ten gigabytes of nothing": (lambda path: _sparse(path, 10 << 30), "not a torch.save file"),
+    "ten gigabytes of nothing": (lambda path: _sparse(path, 10 << 30), "but zeros"),
 }
 
 
@@ -533,13 +793,14 @@ def build(folder: Path, name: str) -> None:
 
 
 def main(folder: Path) -> None:
-    """Load each file under limits of memory, processor time and open files."""
+    """Load each file under limits of memory and, each for itself, of processor time."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    memory = pages * resource.getpagesize() + (1 << 30)
+    memory = pages * resource.getpagesize() + MAX_MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
     os.chdir(folder)
     for path in sorted(folder.glob("*.pt")):
+        seconds = math.ceil(time.process_time()) + MAX_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
         try:
             load_checkpoint(path, device="cpu")
             outcome = ["loaded", ""]

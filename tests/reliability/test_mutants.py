@@ -20,6 +20,7 @@ ROUND_TRIP = "tests/test_checkpoint_roundtrip.py"
 HOSTILE = "tests/reliability/test_hostile_files.py"
 TRAIN = "tests/test_train.py"
 OPTIMIZERS = "tests/optim/test_optim.py"
+CONTAINER = "tests/files/test_container.py"
 DAMAGED = "tests/reliability/test_damaged_files.py"
 
 
@@ -144,44 +145,145 @@ MUTANTS = {
         "digest_covers",
     ),
     "no check of the CRCs": Mutant(
-        "files/torchfile", "archive.testzip()", "None", DAMAGED, "single_bits"
-    ),
-    "no check of the pickle": Mutant(
-        "files/torchfile",
-        "        _check_pickle(archive.read(pickles[0]))\n",
-        "",
-        HOSTILE,
-        "bytearray",
+        "files/container", " or zlib.crc32(buffer) != member.crc", "", DAMAGED, "single_bits"
     ),
     "any global in the pickle": Mutant(
         "files/torchfile",
-        'if name == "GLOBAL" and arg not in _GLOBALS',
+        "if text not in (_DICT, _TENSOR, *_DTYPES)",
         "if False",
         HOSTILE,
         "system or bytearray",
     ),
+    "any instruction in the pickle": Mutant(
+        "files/torchfile",
+        'raise CheckpointError(f"data.pkl uses {opcode.name}, which no checkpoint needs")',
+        "continue",
+        HOSTILE,
+        "INST or EXT1",
+    ),
+    "any call in the pickle": Mutant(
+        "files/torchfile",
+        "case (_Global(name), ()) if name == _DICT:",
+        "case (name, _) if name != _Global(_TENSOR):",
+        HOSTILE,
+        "nonsense or text",
+    ),
+    "an endless number of tensors": Mutant(
+        "files/torchfile", " and self.tensors < MAX_TENSORS", "", HOSTILE, "660"
+    ),
+    "keys that take forever to hash": Mutant(
+        "files/torchfile",
+        "if problem := next(filter(None, map(key_problem, items[::2])), None)",
+        "if problem := None",
+        HOSTILE,
+        "collide or tuple",
+    ),
+    "tensors beyond their storage": Mutant(
+        "files/torchfile", "if last >= values.numel() and all(size)", "if False", HOSTILE, "storage"
+    ),
+    "storages of any size": Mutant(
+        "files/torchfile", " or member.size != numel * dtype.itemsize", "", HOSTILE, "record or 10"
+    ),
+    "storages that no tensor uses": Mutant(
+        "files/torchfile",
+        "if unused := members.keys() - small.keys() - storages.found.keys()",
+        "if unused := set()",
+        HOSTILE,
+        "no_tensor or no tensor",
+    ),
+    "any byte order": Mutant(
+        "files/torchfile", "text != sys.byteorder.encode()", "False", HOSTILE, "endian"
+    ),
+    "nothing checked of what was serialised": Mutant(
+        "files/payload", "        check_torch_file(file)\n", "", CHECKPOINT, "too_long"
+    ),
+    "tensors of any size serialised": Mutant(
+        "files/schema", "if size > MAX_FILE_BYTES", "if False", CHECKPOINT, "too_large"
+    ),
     "duplicate members allowed": Mutant(
-        "files/torchfile", "if len(set(names)) < len(names)", "if False", HOSTILE, "twice"
+        "files/container", "if len(set(names)) < len(names)", "if False", HOSTILE, "twice"
     ),
     "compressed members allowed": Mutant(
-        "files/torchfile", "member.compress_type != zipfile.ZIP_STORED or", "", HOSTILE, "bomb"
-    ),
-    "any member name allowed": Mutant(
-        "files/torchfile",
-        "if not _MEMBER.fullmatch(member.filename)",
+        "files/container",
+        "if entry.method or entry.flags & _ENCRYPTED",
         "if False",
         HOSTILE,
-        "TorchScript",
+        "bomb or encrypted",
+    ),
+    "any member name allowed": Mutant(
+        "files/container", "if not _NAME.fullmatch(entry.name) or", "if", HOSTILE, "TorchScript"
     ),
     "any kind of file opened": Mutant(
         "files/torchfile", "if not stat.S_ISREG(info.st_mode)", "if False", HOSTILE, "endless"
     ),
-    "no bound on the directory": Mutant(
-        "files/torchfile", "    _check_directory_end(file, size)\n", "", HOSTILE, "ordinary"
+    "an end that contradicts its position": Mutant(
+        "files/container", "if end != (*record, *locator, *old) or", "if", HOSTILE, "locator or end"
+    ),
+    "a directory anywhere": Mutant(
+        "files/container", " or at + _END.size != size", "", HOSTILE, "length or another place"
+    ),
+    "any extra field in the directory": Mutant(
+        "files/container",
+        "    if len(extra) != form.size or form.unpack(extra)[:2] != (_ZIP64, 8 * count) or not",
+        "    if False and not",
+        HOSTILE,
+        "entry",
+    ),
+    "any flags": Mutant(
+        "files/container",
+        "if entry.flags != _UTF8 | _HAS_DESCRIPTOR and (entry.flags != _UTF8 or entry.size)",
+        "if False",
+        HOSTILE,
+        "other flags",
+    ),
+    "any header": Mutant(
+        "files/container",
+        "        header != front + entry.name\n        or ",
+        "",
+        HOSTILE,
+        "header",
+    ),
+    "any extra field in a header": Mutant(
+        "files/container",
+        "        or not extra.startswith(_padding(entry, extra_length))\n",
+        "",
+        HOSTILE,
+        "header",
+    ),
+    "gaps between members": Mutant(
+        "files/container",
+        "        or at + len(descriptor) != end\n",
+        "",
+        HOSTILE,
+        "behind or between",
+    ),
+    "any descriptor": Mutant(
+        "files/container",
+        "        or _read(file, at, len(descriptor)) != descriptor\n",
+        "",
+        CONTAINER,
+        "every_reader",
+    ),
+    "bytes in front of the first member": Mutant(
+        "files/container", "if entry.offset != start", "if False", HOSTILE, "front"
+    ),
+    "members that are folders": Mutant(
+        "files/container",
+        "disk, attributes)\n",
+        "disk, bytes(6))\n",
+        CONTAINER,
+        "every_reader",
+    ),
+    "formats that readers do not know": Mutant(
+        "files/container",
+        " or version > MAX_VERSION",
+        "",
+        CONTAINER,
+        "every_reader",
     ),
     "shared storages allowed": Mutant(
         "files/schema",
-        "if owner != where and {owner, where} != set(TIED)",
+        "if owner is not where and {_name(owner), _name(where)} != set(TIED)",
         "if False",
         CHECKPOINT,
         "content_that_is_not_right",
@@ -202,17 +304,40 @@ MUTANTS = {
     ),
     "non-finite tensors saved": Mutant(
         "files/schema",
-        '    _check_finite(clean["model_state"], "model_state")\n',
-        "",
+        'in ("model_state", "optimizer_state") and not _is_finite',
+        'in ("optimizer_state",) and not _is_finite',
         CHECKPOINT,
         "not_finite_is_not_saved",
     ),
     "non-finite moments saved": Mutant(
         "files/schema",
-        '    _check_finite(clean["optimizer_state"], "optimizer_state")\n',
-        "",
+        'in ("model_state", "optimizer_state") and not _is_finite',
+        'in ("model_state",) and not _is_finite',
         CHECKPOINT,
         "not_finite_is_not_saved",
+    ),
+    "tensors among plain values": Mutant(
+        "files/schema", "if _section(where) in PLAIN", "if False", CHECKPOINT, "not_right"
+    ),
+    "names after storages": Mutant(
+        "files/schema",
+        '    _check_names(clean["model_state"], shapes)\n    _check_storages(tensors)\n',
+        '    _check_storages(tensors)\n    _check_names(clean["model_state"], shapes)\n',
+        CHECKPOINT,
+        "what_the_file_is",
+    ),
+    "types before what the file is": Mutant(
+        "files/schema", "    _check_kind(payload)\n", "", CHECKPOINT, "what_the_file_is"
+    ),
+    "a list searched for each parameter": Mutant(
+        "files/schema", "if i not in known or", "if i not in ids or", HOSTILE, "90"
+    ),
+    "names written out for each tensor": Mutant(
+        "files/schema",
+        "        tensors.append((where, value))",
+        "        tensors.append(((None, _name(where)), value))",
+        HOSTILE,
+        "long names",
     ),
     "NaN as best loss": Mutant("files/schema", "math.isnan(best) or", "", CHECKPOINT, "nan_never"),
     "shapes not checked": Mutant(
