@@ -1,10 +1,11 @@
 """A conversation: a prompt that fits the context, a reply that ends where the next turn starts."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-from niels_gpt.chat_format import PROMPT, ROLES, extract_assistant_reply, format_chat
+from niels_gpt.chat_format import PROMPT, ROLES, format_chat
 from niels_gpt.config import ModelConfig
 from niels_gpt.data import DIALOGUE_DELIM
 from niels_gpt.inference.generate import Sampling, decode_stream, stream, window_start
@@ -64,8 +65,11 @@ def fit(messages: Sequence[Message], room: int) -> list[Message]:
     n_system = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
     system, turns = list(messages[:n_system]), list(messages[n_system:])
     starts = [i for i, message in enumerate(turns) if i == 0 or message["role"] == "user"]
-    choices = [system + turns[i:] for i in starts] + [turns[i:] for i in starts[-1:]]
-    return next((c for c in choices if _prompt_bytes(c) <= room), choices[-1] if turns else system)
+    before = list(accumulate(map(_turn_bytes, turns), initial=0))
+    whole = _prompt_bytes(messages)
+    if (first := next((i for i in starts if whole - before[i] <= room), None)) is not None:
+        return system + turns[first:]
+    return turns[starts[-1] :] if starts else system
 
 
 def reply_stream(voice: Voice, chat: Chat) -> Iterator[str]:
@@ -91,19 +95,33 @@ def visible(pieces: Iterable[str]) -> Iterator[str]:
     Text that may turn out to be a stop, and white space that may be the last, is held back. The
     pieces joined are `extract_assistant_reply` of the text before the first stop.
     """
-    text = shown = ""
+    return _stripped(_before_stop(pieces))
+
+
+def _before_stop(pieces: Iterable[str]) -> Iterator[str]:
+    held = ""
     for piece in pieces:
-        text += piece
-        cut = _first_stop(text)
-        reply = text[: len(text) - _held_back(text) if cut is None else cut].strip()
-        if reply != shown:
-            yield reply[len(shown) :]
-            shown = reply
+        held += piece
+        cut = _first_stop(held)
+        end = len(held) - _held_back(held) if cut is None else cut
+        yield held[:end]
         if cut is not None:
             return
-    reply = extract_assistant_reply(PROMPT + text)
-    if reply != shown:
-        yield reply[len(shown) :]
+        held = held[end:]
+    yield held
+
+
+def _stripped(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield what all pieces joined and stripped are, in pieces that do not end in white space."""
+    blank: list[str] = []  # white space since the last character that was shown
+    started = False
+    for piece in pieces:
+        text = piece if started else piece.lstrip()
+        if body := text.rstrip():
+            yield "".join([*blank, body])
+            started, blank = True, []
+        if started:
+            blank.append(text[len(body) :])
 
 
 def _first_stop(text: str) -> int | None:
@@ -119,6 +137,10 @@ def _held_back(text: str) -> int:
 
 def _prompt_bytes(messages: Sequence[Message]) -> int:
     return len(format_chat(messages).encode())
+
+
+def _turn_bytes(message: Message) -> int:
+    return _prompt_bytes([message, _message("assistant", "")]) - len(PROMPT)
 
 
 def _message(role: str, content: str) -> Message:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from niels_gpt.chat_format import PROMPT, extract_assistant_reply, format_chat
 from niels_gpt.config import ModelConfig
+from niels_gpt.inference import chat as chat_module
 from niels_gpt.inference.chat import (
     STOPS,
     Voice,
@@ -92,6 +93,14 @@ def test_a_tag_is_held_back_until_it_is_none(tag):
     assert list(visible(["Hi", *tag, "never"])) == ["Hi"]
 
 
+@pytest.mark.parametrize("unit", ["a word ", "x", " ", "\n", "\nuser:"])
+def test_what_is_searched_with_each_piece_does_not_grow(monkeypatch, unit):
+    lengths = []
+    monkeypatch.setattr(chat_module, "_first_stop", lambda text: lengths.append(len(text)))
+    assert "".join(visible(unit * 100)) == (unit * 100).strip()
+    assert max(lengths) <= max(map(len, STOPS))
+
+
 # --- what fits ---------------------------------------------------------------------------------
 
 words = st.text(alphabet="abé ", max_size=12)
@@ -126,6 +135,20 @@ def test_the_latest_exchanges_that_fit_are_kept_and_the_system_message_before_th
     elif system and kept[:1] != system:
         assert size([*system, *turns]) > room
         assert kept == messages[-1:]
+
+
+@pytest.mark.parametrize("room", [1, 100, 10**6])
+def test_each_message_is_measured_a_few_times_however_many_there_are(monkeypatch, room):
+    messages = [turn("user", "a"), turn("assistant", "b")] * 200 + [turn("user", "c")]
+    counts = []
+
+    def counted(turns):
+        counts.append(len(turns))
+        return format_chat(turns)
+
+    monkeypatch.setattr(chat_module, "format_chat", counted)
+    fit(messages, room)
+    assert sum(counts) <= 4 * len(messages)
 
 
 def test_a_conversation_that_fits_is_kept_whole_and_nothing_is_said():
