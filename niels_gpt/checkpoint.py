@@ -29,12 +29,19 @@ import torch
 from niels_gpt.config import ModelConfig, TrainConfig, config_from_dict, to_dict
 from niels_gpt.eval import Scores
 from niels_gpt.files.names import checkpoint_files, step_of_name
-from niels_gpt.files.payload import file_size, read_payload, write_payload
-from niels_gpt.files.schema import MODEL_FIELDS, Payload, names_by_id, parameter_shapes
 from niels_gpt.files.torchfile import CheckpointError, show
 from niels_gpt.model.gpt import GPT
 from niels_gpt.optim import OptState, from_entries, optimizer_of, to_entries
 from niels_gpt.optim.trees import Tree, map_tensors
+from niels_gpt.schema import (
+    MODEL_FIELDS,
+    Payload,
+    file_size,
+    names_by_id,
+    parameter_shapes,
+    read_payload,
+    write_payload,
+)
 from niels_gpt.state import TrainState
 
 SourceRecords = dict[str, dict[str, dict[str, Any]]]  # split -> source -> origin, bytes, sha256

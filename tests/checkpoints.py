@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from niels_gpt.checkpoint import Checkpoint, checkpoint_of, payload_of
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.eval import Scores
-from niels_gpt.files.schema import Payload, parameter_shapes
 from niels_gpt.optim import optimizer_of
 from niels_gpt.optim.trees import map_tensors
+from niels_gpt.schema import Payload, parameter_shapes
 from niels_gpt.state import TrainState
 from tests.strategies import model_configs, train_configs
 

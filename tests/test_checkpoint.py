@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from niels_gpt import schema
 from niels_gpt.checkpoint import (
     checkpoint_of,
     checkpoint_size,
@@ -27,11 +28,9 @@ from niels_gpt.checkpoint import (
 )
 from niels_gpt.config import ModelConfig, TrainConfig, to_dict
 from niels_gpt.eval import Scores
-from niels_gpt.files import schema
-from niels_gpt.files.payload import write_payload
-from niels_gpt.files.schema import MODEL_FIELDS, check_payload, content_digest
 from niels_gpt.files.torchfile import CheckpointError
 from niels_gpt.model.gpt import GPT
+from niels_gpt.schema import MODEL_FIELDS, check_payload, content_digest, write_payload
 from tests.checkpoints import TINY, json_like, random_checkpoint, random_payload, random_state
 from tests.strategies import model_configs
 

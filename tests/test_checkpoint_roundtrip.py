@@ -20,9 +20,8 @@ from niels_gpt.checkpoint import (
 )
 from niels_gpt.config import ModelConfig, TrainConfig, to_dict
 from niels_gpt.eval import Scores
-from niels_gpt.files.payload import write_payload
-from niels_gpt.files.schema import KEYS, content_digest, parameter_shapes
 from niels_gpt.model.gpt import GPT
+from niels_gpt.schema import KEYS, content_digest, parameter_shapes, write_payload
 from niels_gpt.state import to_modules
 from tests import ROOT
 from tests.checkpoints import TINY, json_objects, random_payload, random_state, states
@@ -172,7 +171,7 @@ def test_the_module_view_and_the_state_view_write_the_same_bytes(tmp_path, step)
 PROGRAM = """
 import sys, torch
 from tests.checkpoints import random_payload
-from niels_gpt.files.payload import write_payload
+from niels_gpt.schema import write_payload
 torch.randn(3)
 write_payload([sys.argv[1]], {**random_payload(), "sources": {"wiki": "a", "notes": "b"}})
 """

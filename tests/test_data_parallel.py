@@ -8,7 +8,7 @@ import pytest
 
 from niels_gpt.analysis.replay import differences
 from niels_gpt.checkpoint import load_checkpoint, open_checkpoint
-from niels_gpt.files.payload import write_payload
+from niels_gpt.schema import write_payload
 from tests import ROOT
 
 EXAMPLE = ROOT / "examples" / "data_parallel.py"

@@ -227,7 +227,7 @@ def test_a_resume_reads_its_checkpoint_once(train, tmp_path, monkeypatch):
         reads.append(path.name)
         return read_torch_file(path)
 
-    monkeypatch.setattr("niels_gpt.files.payload.read_torch_file", read)
+    monkeypatch.setattr("niels_gpt.schema.read_torch_file", read)
     more = ["--set", "train.total_steps=8"]
     assert train("--resume", "latest", "--out", tmp_path / "out", *more).exit_code == 0
     assert reads.count("latest.pt") == 1

@@ -13,11 +13,11 @@ from niels_gpt.analysis import replay
 from niels_gpt.checkpoint import checkpoint_of, load_checkpoint, open_checkpoint, write_checkpoint
 from niels_gpt.cli import main
 from niels_gpt.corpus import advance, next_batch, open_corpus
-from niels_gpt.files.payload import write_payload
 from niels_gpt.loss import gradients
 from niels_gpt.optim.clip import clip_by_global_norm
 from niels_gpt.optim.trees import global_norm, map_tensors
 from niels_gpt.run.metrics import read_metrics, to_lines
+from niels_gpt.schema import write_payload
 from niels_gpt.state import empty_model
 from niels_gpt.step import dropout_of_step
 from niels_gpt.streams import locate

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from niels_gpt.analysis.checkpoint_report import compare
 from niels_gpt.checkpoint import checkpoint_of, load_checkpoint, write_checkpoint
 from niels_gpt.config import to_dict
-from niels_gpt.files.payload import write_payload
-from niels_gpt.files.schema import parameter_shapes
 from niels_gpt.inference.export import to_safetensors
 from niels_gpt.loss import forward
 from niels_gpt.rng import make_generator
+from niels_gpt.schema import parameter_shapes, write_payload
 from tests import ROOT
 from tests.checkpoints import TINY, any_finite_bits, random_payload, random_state, states
 from tests.trained import SMALL, lively_state, save_lively

@@ -25,8 +25,8 @@ import torch
 
 from niels_gpt.checkpoint import load_checkpoint
 from niels_gpt.config import to_dict
-from niels_gpt.files.schema import content_digest
 from niels_gpt.files.torchfile import CheckpointError
+from niels_gpt.schema import content_digest
 from tests.checkpoints import TINY, random_payload
 
 MAX_MEMORY = 1 << 30

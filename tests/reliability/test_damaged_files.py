@@ -10,9 +10,8 @@ import torch
 
 from niels_gpt.checkpoint import load_checkpoint, newest_good
 from niels_gpt.config import ModelConfig
-from niels_gpt.files.payload import write_payload
-from niels_gpt.files.schema import content_digest
 from niels_gpt.files.torchfile import CheckpointError
+from niels_gpt.schema import content_digest, write_payload
 from tests.checkpoints import random_payload
 from tests.reliability.campaign import tries
 

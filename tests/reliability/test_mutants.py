@@ -124,21 +124,21 @@ MUTANTS = {
         "failed_append",
     ),
     "no digest check": Mutant(
-        "files/payload",
+        "schema",
         'payload["digest"] != content_digest(payload)',
         "False",
         CHECKPOINT,
         "digest_covers",
     ),
     "a digest without dtypes": Mutant(
-        "files/schema",
+        "schema",
         'f"tensor {value.dtype} {tuple',
         'f"tensor {tuple',
         CHECKPOINT,
         "digest_covers",
     ),
     "a digest that treats tuples as lists": Mutant(
-        "files/schema",
+        "schema",
         'yield f"{kind} {len(value)};"',
         'yield f"list {len(value)};"',
         CHECKPOINT,
@@ -195,10 +195,10 @@ MUTANTS = {
         "files/torchfile", "text != sys.byteorder.encode()", "False", HOSTILE, "endian"
     ),
     "nothing checked of what was serialised": Mutant(
-        "files/payload", "        check_torch_file(file)\n", "", CHECKPOINT, "too_long"
+        "schema", "        check_torch_file(file)\n", "", CHECKPOINT, "too_long"
     ),
     "tensors of any size serialised": Mutant(
-        "files/schema", "if size > MAX_FILE_BYTES", "if False", CHECKPOINT, "too_large"
+        "schema", "if size > MAX_FILE_BYTES", "if False", CHECKPOINT, "too_large"
     ),
     "duplicate members allowed": Mutant(
         "files/container", "if len(set(names)) < len(names)", "if False", HOSTILE, "twice"
@@ -282,87 +282,87 @@ MUTANTS = {
         "every_reader",
     ),
     "shared storages allowed": Mutant(
-        "files/schema",
+        "schema",
         "if owner is not where and {_name(owner), _name(where)} != set(TIED)",
         "if False",
         CHECKPOINT,
         "content_that_is_not_right",
     ),
     "views allowed": Mutant(
-        "files/schema",
+        "schema",
         "not t.is_contiguous() or t.storage_offset() != 0 or storage.nbytes() != t.nbytes",
         "False",
         CHECKPOINT,
         "content_that_is_not_right",
     ),
     "no bound on nesting": Mutant(
-        "files/schema",
+        "schema",
         "MAX_DEPTH = 32",
         "MAX_DEPTH = 10**9",
         CHECKPOINT,
         "content_that_is_not_right or holds_itself",
     ),
     "non-finite tensors saved": Mutant(
-        "files/schema",
+        "schema",
         'in ("model_state", "optimizer_state") and not _is_finite',
         'in ("optimizer_state",) and not _is_finite',
         CHECKPOINT,
         "not_finite_is_not_saved",
     ),
     "non-finite moments saved": Mutant(
-        "files/schema",
+        "schema",
         'in ("model_state", "optimizer_state") and not _is_finite',
         'in ("model_state",) and not _is_finite',
         CHECKPOINT,
         "not_finite_is_not_saved",
     ),
     "tensors among plain values": Mutant(
-        "files/schema", "if _section(where) in PLAIN", "if False", CHECKPOINT, "not_right"
+        "schema", "if _section(where) in PLAIN", "if False", CHECKPOINT, "not_right"
     ),
     "names after storages": Mutant(
-        "files/schema",
+        "schema",
         '    _check_names(clean["model_state"], shapes)\n    _check_storages(tensors)\n',
         '    _check_storages(tensors)\n    _check_names(clean["model_state"], shapes)\n',
         CHECKPOINT,
         "what_the_file_is",
     ),
     "types before what the file is": Mutant(
-        "files/schema", "    _check_kind(payload)\n", "", CHECKPOINT, "what_the_file_is"
+        "schema", "    _check_kind(payload)\n", "", CHECKPOINT, "what_the_file_is"
     ),
     "a list searched for each parameter": Mutant(
-        "files/schema", "if i not in known or", "if i not in ids or", HOSTILE, "90"
+        "schema", "if i not in known or", "if i not in ids or", HOSTILE, "90"
     ),
     "names written out for each tensor": Mutant(
-        "files/schema",
+        "schema",
         "        tensors.append((where, value))",
         "        tensors.append(((None, _name(where)), value))",
         HOSTILE,
         "long names",
     ),
-    "NaN as best loss": Mutant("files/schema", "math.isnan(best) or", "", CHECKPOINT, "nan_never"),
+    "NaN as best loss": Mutant("schema", "math.isnan(best) or", "", CHECKPOINT, "nan_never"),
     "shapes not checked": Mutant(
-        "files/schema",
+        "schema",
         "    if tuple(t.shape) != shape:",
         "    if False:",
         CHECKPOINT,
         "content_that_is_not_right",
     ),
     "untied weights allowed": Mutant(
-        "files/schema",
+        "schema",
         'if not _same(model_state["tok_emb.weight"], model_state["lm_head.weight"])',
         "if False",
         CHECKPOINT,
         "content_that_is_not_right",
     ),
     "strings not interned": Mutant(
-        "files/schema",
+        "schema",
         "return sys.intern(str(value))",
         "return str(value)",
         ROUND_TRIP,
         "not_on_the_objects",
     ),
     "keys in the order given": Mutant(
-        "files/schema",
+        "schema",
         "return sorted(value, key=lambda key: (type(key).__name__, key))",
         "return list(value)",
         ROUND_TRIP,
@@ -397,7 +397,7 @@ MUTANTS = {
         "newest_good",
     ),
     "only one name written": Mutant(
-        "files/payload",
+        "schema",
         "[Path(path) for path in paths]",
         "[Path(paths[0])]",
         CHECKPOINT,

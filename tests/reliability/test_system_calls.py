@@ -17,7 +17,7 @@ import pytest
 
 from niels_gpt.checkpoint import newest_good
 from niels_gpt.files.durable import remove_temporaries
-from niels_gpt.files.payload import write_payload
+from niels_gpt.schema import write_payload
 from tests import ROOT
 from tests.checkpoints import random_payload
 from tests.reliability.saver import BEGIN, END, sha256
