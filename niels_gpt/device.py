@@ -1,10 +1,22 @@
-"""The device of a run, and an allocator setting. Torch is imported only when needed."""
+"""The device of a run, and what this process may use of the machine: memory and processors.
 
+Torch is imported only when needed.
+"""
+
+import contextlib
 import ctypes
+import math
+import os
 import platform
 import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc malloc.h
+
+OWN_CGROUPS = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def get_device() -> str:
@@ -52,3 +64,61 @@ def keep_freed_memory() -> bool:
     return bool(
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     )
+
+
+# --- limits ------------------------------------------------------------------------------------
+
+
+def available_memory() -> int:
+    """Return the bytes of main memory that this process may use.
+
+    The least of the machine's memory, the limit of its address space and those of its cgroups.
+    """
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limits = [machine, *([] if address_space == resource.RLIM_INFINITY else [address_space])]
+    for folder in _cgroup_folders("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            limits += _numbers(folder / name)
+    return min(limits)
+
+
+def available_processors() -> int:
+    """Return the number of processors that this process may use, at least 1.
+
+    The least of its affinity and its cgroups' shares of time; a part of a processor counts as one.
+    """
+    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()]
+    for folder in _cgroup_folders("cpu"):
+        v1 = [*_numbers(folder / "cpu.cfs_quota_us"), *_numbers(folder / "cpu.cfs_period_us")]
+        for share in (_numbers(folder / "cpu.max"), v1):
+            if len(share) == 2 and min(share) > 0:
+                limits.append(math.ceil(share[0] / share[1]))
+    return max(1, min(limit for limit in limits if limit is not None))
+
+
+def limit_threads() -> None:
+    """Give torch no more threads than there are processors, unless OMP_NUM_THREADS says so."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > available_processors():
+        torch.set_num_threads(available_processors())
+
+
+def _cgroup_folders(controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's cgroups and of those around them, v2 and v1."""
+    with contextlib.suppress(OSError):
+        for line in OWN_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and controller not in controllers.split(","):
+                continue
+            for root in {CGROUPS / controllers, CGROUPS / (controllers and controller)}:
+                own = root / path.lstrip("/")
+                yield from (own, *(p for p in own.parents if p.is_relative_to(root)))
+
+
+def _numbers(file: Path) -> list[int]:
+    """Return the numbers in a file such as "150000 100000"; [] for "max", or without the file."""
+    with contextlib.suppress(OSError, ValueError):
+        return [int(word) for word in file.read_text().split()]
+    return []

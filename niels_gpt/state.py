@@ -7,7 +7,7 @@ import torch
 
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.model.blocks import init_weights
-from niels_gpt.model.gpt import GPT
+from niels_gpt.model.gpt import GPT, without_storage
 from niels_gpt.optim import OptState, from_entries, optimizer_of, to_entries
 from niels_gpt.optim.trees import Tree, map_tensors
 from niels_gpt.rng import keyed_generator
@@ -85,8 +85,7 @@ def from_modules(
 
 def empty_model(cfg: ModelConfig, device: torch.device | str = "cpu") -> GPT:
     """Build a GPT with uninitialised parameters, without random draws."""
-    with torch.device("meta"):
-        model = GPT(cfg)
+    model = without_storage(cfg)
     model.to_empty(device=device)
     model.lm_head.weight = model.tok_emb.weight  # to_empty unties them
     return model

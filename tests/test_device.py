@@ -1,6 +1,8 @@
 """Which device is used, and which names are refused."""
 
+import os
 import platform
+import resource
 
 import pytest
 import torch
@@ -58,3 +60,110 @@ def test_glibc_takes_the_setting_and_others_are_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr("ctypes.CDLL", None)
     assert not device.keep_freed_memory()
+
+
+# --- limits ------------------------------------------------------------------------------------
+
+GB = 10**9
+
+
+@pytest.fixture
+def cgroups(tmp_path, monkeypatch):
+    """Return a function that replaces the cgroups of this process."""
+
+    def replace(own, **files):
+        (tmp_path / "own").write_text(own)
+        for name, text in files.items():
+            file = tmp_path / "fs" / name.replace("__", "/").replace("_dot_", ".")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text + "\n")
+        monkeypatch.setattr(device, "OWN_CGROUPS", tmp_path / "own")
+        monkeypatch.setattr(device, "CGROUPS", tmp_path / "fs")
+
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 16 * GB}.get(name, 1))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
+    return replace
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "memory", "processors"),
+    [
+        ("0::/\n", {"memory_dot_max": "max", "cpu_dot_max": "max 100000"}, 16 * GB, 8),
+        ("0::/\n", {"memory_dot_max": f"{GB}", "cpu_dot_max": "150000 100000"}, GB, 2),
+        ("0::/a/b\n", {"a__memory_dot_max": f"{GB}", "a__b__memory_dot_max": "max"}, GB, 8),
+        (
+            "0::/a/b\n",
+            {"a__cpu_dot_max": "50000 100000", "a__b__cpu_dot_max": "200000 100000"},
+            16 * GB,
+            1,
+        ),
+        (
+            "5:cpu,cpuacct:/x\n4:memory:/docker/x\n1:name=systemd:/\n",
+            {
+                "memory__memory_dot_limit_in_bytes": f"{2 * GB}",
+                "cpu,cpuacct__cpu_dot_cfs_quota_us": "300000",
+                "cpu,cpuacct__cpu_dot_cfs_period_us": "100000",
+            },
+            2 * GB,
+            3,
+        ),
+        (
+            "5:cpu:/\n4:memory:/\n",
+            {
+                "memory__memory_dot_limit_in_bytes": "9223372036854771712",
+                "cpu__cpu_dot_cfs_quota_us": "-1",
+                "cpu__cpu_dot_cfs_period_us": "100000",
+            },
+            16 * GB,
+            8,
+        ),
+        ("0::/gone\n", {}, 16 * GB, 8),
+        ("", {}, 16 * GB, 8),
+    ],
+)
+def test_the_limits_of_a_container_count(cgroups, own, files, memory, processors):
+    cgroups(own, **files)
+    assert (device.available_memory(), device.available_processors()) == (memory, processors)
+
+
+def test_the_limits_of_a_process_count(cgroups, monkeypatch):
+    cgroups("0::/\n")
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (3 * GB, 4 * GB))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5})
+    assert (device.available_memory(), device.available_processors()) == (3 * GB, 1)
+
+
+def test_memory_estimates_know_the_limit(cgroups):
+    from niels_gpt.analysis.sweep import memory_budget
+    from niels_gpt.run import dry_run
+
+    cgroups("0::/\n", memory_dot_max=f"{GB}")
+    assert memory_budget() == GB // 2
+    assert dry_run.available_memory() == GB
+
+
+def test_threads_are_lowered_to_the_processors_but_never_raised(cgroups, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cgroups("0::/\n", cpu_dot_max="200000 100000")
+    for before, after in ((4, 2), (2, 2), (1, 1)):
+        torch.set_num_threads(before)
+        device.limit_threads()
+        assert torch.get_num_threads() == after
+    torch.set_num_threads(4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    device.limit_threads()
+    assert torch.get_num_threads() == 4
+
+
+def test_a_run_limits_its_threads(cgroups, niels, texts, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cgroups("0::/\n", cpu_dot_max="100000 100000")
+    torch.set_num_threads(2)
+    model = ["model.T=8", "model.C=8", "model.L=1", "model.H=2", "model.d_ff=8", "train.B=2"]
+    (texts / "empty.json").write_text("{}")
+    words = ["--config", texts / "empty.json", "--wiki", texts / "wiki", "--roam", texts / "notes"]
+    sets = [word for value in model for word in ("--set", value)]
+    result = niels("train", *words, *sets, "--set", "train.eval_steps=1", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert torch.get_num_threads() == 1

@@ -5,12 +5,15 @@ Reading and tables need only the standard library; `draw` needs the extra `plot`
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from niels_gpt.files.durable import write_durably
 from niels_gpt.files.names import METRICS
 from niels_gpt.run.metrics import Record, read_metrics
 
@@ -155,11 +158,18 @@ def _row(x: float, lr: float | None, train: float | None, val: float | None) -> 
 
 
 def have_matplotlib() -> bool:
-    """Return whether matplotlib is installed."""
+    """Import matplotlib; return whether it is installed.
+
+    Pictures are only saved, so the user's MPLBACKEND does not matter, not even an unknown one.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         return False
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     return True
 
 
@@ -187,20 +197,32 @@ def check_pictures(paths: Iterable[Path]) -> None:
 def save_figure(draw: Callable[[], Figure], paths: Iterable[Path]) -> None:
     """Draw into files in this project's style; the same figure gives the same bytes.
 
+    The user's matplotlibrc has no effect. Each file is written whole or not at all.
+
     Raises:
-        ValueError: for a suffix other than .png and .svg.
+        ValueError: for a suffix other than .png and .svg, or if matplotlib is not installed.
         OSError: if a file cannot be written.
     """
+    paths = list(paths)
+    check_pictures(paths)
     import matplotlib
 
-    paths = list(paths)
-    check_paths(paths)
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
         warnings.filterwarnings("ignore", message="Glyph")  # letters that the font lacks
         figure = draw()
-        for path in paths:
-            metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-            figure.savefig(path, metadata=metadata)
+        pictures = [_rendered(figure, path.suffix[1:]) for path in paths]
+    for path, picture in zip(paths, pictures, strict=True):
+        write_durably([path], picture)
+
+
+def _rendered(figure: Figure, kind: str) -> bytes:
+    """Return a picture as the bytes of a file, "png" or "svg", without a date or version."""
+    picture = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    figure.savefig(picture, format=kind, metadata=metadata)
+    return picture.getvalue()
 
 
 _STYLE: dict[Any, Any] = {

@@ -6,6 +6,7 @@ after N.
 
 import contextlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,13 +17,14 @@ from torch.func import functional_call
 from niels_gpt.checkpoint import Checkpoint, open_checkpoint
 from niels_gpt.config import ModelConfig
 from niels_gpt.corpus import Corpus, advance, next_batch, open_corpus
+from niels_gpt.device import resolve_device
 from niels_gpt.files.names import BEST, LATEST, METRICS, checkpoint_files, periodic_files
 from niels_gpt.files.torchfile import CheckpointError
 from niels_gpt.loss import gradients, row_blocks, row_losses
 from niels_gpt.lr_schedule import lr_of_step
-from niels_gpt.model.gpt import GPT
+from niels_gpt.model.gpt import without_storage
 from niels_gpt.optim.clip import clip_by_global_norm
-from niels_gpt.optim.trees import Tree
+from niels_gpt.optim.trees import Tree, map_tensors
 from niels_gpt.run.compile import compile_step
 from niels_gpt.run.metrics import Record, read_metrics
 from niels_gpt.run.plan import data_changes, describe_environment, environment_changes
@@ -177,7 +179,7 @@ def _unlike(metrics: Mapping[str, Tensor], record: Record) -> list[str]:
 
 
 def replay_files(
-    start: Path | None, end: Path, sources: StreamBuildConfig, device: str, on_step: OnStep
+    start: Path | None, end: Path, sources: StreamBuildConfig, device: str | None, on_step: OnStep
 ) -> Verdict:
     """Run from one checkpoint (None: from the initial state) to another and compare.
 
@@ -186,12 +188,12 @@ def replay_files(
     Raises:
         ValueError, OSError: if the two are from different runs or the text differs.
     """
-    last = open_checkpoint(end, device)
-    configs = last.configs
+    last = to_device(open_checkpoint(end), device)
+    configs, on = last.configs, last.state.device
     if start is None:
-        state = make_state(*configs, device)
+        state = make_state(*configs, on)
     else:
-        state = open_checkpoint(start, device).state_under(*configs)
+        state = open_checkpoint(start, on).state_under(*configs)
     if state.step > last.step:
         raise ValueError(f"{start} is after {end}: step {state.step}, not before {last.step}")
     between = {
@@ -208,6 +210,16 @@ def replay_files(
     corpus, messages = open_corpus_of(last, sources)
     verdict = replay(state, last, corpus, between, logged, on_step=on_step)
     return verdict._replace(notes=messages + verdict.notes)
+
+
+def to_device(checkpoint: Checkpoint, device: str | None) -> Checkpoint:
+    """Move a checkpoint to a device; by default to that of its run, or to the CPU without it."""
+    if device is None:
+        try:
+            device = resolve_device(str(checkpoint.environment.get("device", "cpu")))
+        except ValueError:
+            device = "cpu"
+    return replace(checkpoint, params=map_tensors(lambda p: p.to(device), checkpoint.params))
 
 
 def open_corpus_of(checkpoint: Checkpoint, sources: StreamBuildConfig) -> tuple[Corpus, list[str]]:
@@ -293,8 +305,7 @@ def largest_activations(
 
         return hook
 
-    with torch.device("meta"):
-        model = GPT(cfg).eval()
+    model = without_storage(cfg).eval()
     for name, module in model.named_modules():
         if name:
             module.register_forward_hook(watch(name))
@@ -308,7 +319,7 @@ def largest_activations(
 
 
 def view_files(
-    start: Path, step: int, sources: StreamBuildConfig, device: str, on_step: OnStep
+    start: Path, step: int, sources: StreamBuildConfig, device: str | None, on_step: OnStep
 ) -> tuple[StepView, str, list[str]]:
     """Return a view of step `step` of the run of a checkpoint, or of a folder of them.
 
@@ -318,7 +329,8 @@ def view_files(
     Raises:
         ValueError, OSError: if there is no such step or checkpoint, or the text differs.
     """
-    checkpoint = _nearest(start, step, device) if start.is_dir() else open_checkpoint(start, device)
+    nearest = _nearest(start, step) if start.is_dir() else open_checkpoint(start)
+    checkpoint = to_device(nearest, device)
     path, state = checkpoint.path, checkpoint.state
     total = state.train_cfg.total_steps
     if not 1 <= step <= total:
@@ -327,7 +339,8 @@ def view_files(
     if state.step >= step:
         if not start.is_dir():
             raise ValueError(f"{path} is after step {state.step}, too late for step {step}")
-        state, begin = make_state(state.model_cfg, state.train_cfg, device), "the initial state"
+        state = make_state(state.model_cfg, state.train_cfg, state.device)
+        begin = "the initial state"
     corpus, messages = open_corpus_of(checkpoint, sources)
     update = step_of(checkpoint)
     while state.step < step - 1:
@@ -336,16 +349,16 @@ def view_files(
     return view_step(state, corpus), begin, messages
 
 
-def _nearest(folder: Path, step: int, device: str) -> Checkpoint:
+def _nearest(folder: Path, step: int) -> Checkpoint:
     """Open the last checkpoint before a step, else the first one after it."""
     steps = {path: number for number, path in periodic_files(folder).items()}
     opened: dict[Path, Checkpoint] = {}  # their names do not give a step
     for path in {folder / LATEST, folder / BEST} & set(checkpoint_files(folder)):
         with contextlib.suppress(CheckpointError):
-            opened[path] = open_checkpoint(path, device)
+            opened[path] = open_checkpoint(path)
             steps[path] = opened[path].step
     if not steps:
         raise FileNotFoundError(f"{folder}: no checkpoint in this folder")
     before = [path for path, number in steps.items() if number < step]
     best = max(before, key=steps.__getitem__) if before else min(steps, key=steps.__getitem__)
-    return opened.get(best) or open_checkpoint(best, device)
+    return opened.get(best) or open_checkpoint(best)

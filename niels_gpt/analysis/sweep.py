@@ -7,7 +7,6 @@ schedule, decay, batches and dropout, which are mapped arguments of the parts of
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from torch.func import vmap
 from niels_gpt.analysis.plot import COLOURS, MARKERS
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.corpus import Corpus, advance
+from niels_gpt.device import available_memory
 from niels_gpt.eval import evaluate
 from niels_gpt.loss import Batch, gradients, rows_per_block
 from niels_gpt.lr_schedule import lr_of_step
@@ -91,9 +91,8 @@ def groups(members: Sequence[TrainConfig], each: int, budget: int) -> list[list[
 
 
 def memory_budget() -> int:
-    """Return half of this machine's memory."""
-    memory: int = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return memory // 2
+    """Return half of the memory that this process may use."""
+    return available_memory() // 2
 
 
 # --- many states as one ------------------------------------------------------------------------

@@ -35,14 +35,14 @@ SHOWN = 8  # lines of a table
 @click.option("--to", "end", type=PATH, metavar="PATH", help="Checkpoint to reach and compare.")
 @click.option("--step", type=click.IntRange(1), help="Look inside this step instead.")
 @source_options
-@device_option("cpu")
+@device_option(of_run=True)
 @json_option()
 def main(
     start: Path | None,
     end: Path | None,
     step: int | None,
     places: Places,
-    device: str,
+    device: str | None,
     as_json: bool,
 ) -> None:
     """Repeat steps of a run.

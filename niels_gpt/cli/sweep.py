@@ -58,7 +58,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> li
     "--memory",
     type=click.FloatRange(min=0),
     metavar="GB",
-    help="Memory limit (default: half of this machine's).",
+    help="Memory limit (default: half of what is available).",
 )
 @click.option("--solo", is_flag=True, help="Train one model after another, without vmap.")
 @click.option("--dry-run", is_flag=True, help="Only estimate memory and time.")
@@ -88,9 +88,11 @@ def main(
     with exit_on_failure(2):
         from niels_gpt.analysis import plot, sweep
         from niels_gpt.corpus import open_corpus
+        from niels_gpt.device import limit_threads
         from niels_gpt.streams import locate
 
         plot.check_pictures(picture)
+        limit_threads()
         model_cfg, cfg = load_config_from_json(find_config(config), overrides)
         every_seed = range(cfg.seed, cfg.seed + seeds)
         cfgs = sweep.grid(cfg, lrs, decays or [cfg.weight_decay], every_seed)
@@ -116,7 +118,7 @@ def _refuse_without_effect(dry_run: bool, solo: bool) -> None:
 def _groups(
     model_cfg: ModelConfig, cfgs: list[TrainConfig], memory: float | None
 ) -> list[list[TrainConfig]]:
-    """Split into groups that fit into the memory limit, in GB (None: half of the machine's)."""
+    """Split into groups that fit into the memory limit, in GB (None: half of what is available)."""
     from niels_gpt.analysis import sweep
     from niels_gpt.run.dry_run import size
 

@@ -6,11 +6,12 @@ Shapes: B batch, T positions (at most cfg.T), C model width, V byte values.
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from niels_gpt.config import ModelConfig
 from niels_gpt.model import dropout, rope
@@ -137,5 +138,26 @@ def skeleton(cfg: ModelConfig) -> GPT:
 
 
 def _build_skeleton(cfg: ModelConfig) -> GPT:
-    with torch.device("meta"):
-        return GPT(cfg).eval()
+    return without_storage(cfg).eval()
+
+
+def without_storage(cfg: ModelConfig) -> GPT:
+    """Build a GPT on the meta device, without random draws."""
+    with torch.device("meta"), _NoInit():
+        return GPT(cfg)
+
+
+class _NoInit(TorchFunctionMode):
+    """Skips `torch.nn.init`.
+
+    Tensors without storage have no values to initialise, and drawing them would import torch's
+    compiler, which takes seconds and needs a writable temporary folder.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)

@@ -4,7 +4,6 @@ Nothing is written, and the plan's state is unchanged: a step returns a new one.
 """
 
 import math
-import os
 import resource
 import shutil
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 from niels_gpt.checkpoint import checkpoint_of, checkpoint_size
 from niels_gpt.config import TrainConfig
+from niels_gpt.device import available_memory
 from niels_gpt.eval import evaluate
 from niels_gpt.model.flops import parameter_count, step_flops
 from niels_gpt.run.compile import choose_step
@@ -57,7 +57,7 @@ def costs(plan: Plan) -> dict[str, Any]:
         "seconds_per_evaluation": seconds_per_eval,
         "seconds": steps * seconds_per_step + evals * seconds_per_eval,
         "memory_bytes": peak_memory_bytes() + size,
-        "memory_here_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "memory_here_bytes": available_memory(),
         "checkpoint_bytes": size,
         "checkpoint_files": files,
         "disk_bytes": (files + 1) * size,  # a new file is complete before it replaces the old one

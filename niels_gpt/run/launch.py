@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING
 
 from niels_gpt.config import find_config, load_config_from_json
-from niels_gpt.device import keep_freed_memory
+from niels_gpt.device import keep_freed_memory, limit_threads
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.stop import Stop, Stopped
 
@@ -47,6 +47,7 @@ def _prepare(options: TrainOptions, locks: contextlib.ExitStack) -> Plan:
     """Validate the config before importing torch, so that mistakes are reported at once."""
     model_cfg, train_cfg = load_config_from_json(find_config(options.config), options.overrides)
     keep_freed_memory()
+    limit_threads()
     from niels_gpt.files import durable
     from niels_gpt.run.plan import make_plan, output_folder
 

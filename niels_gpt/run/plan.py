@@ -151,8 +151,13 @@ def environment_changes(before: Mapping[str, Any], environment: Mapping[str, Any
         f"{name}: {before.get(name)!r} in the checkpoint, now {value!r}: "
         "the result may differ from an uninterrupted run in the last bits"
         for name, value in environment.items()
-        if before.get(name) != value
+        if _first_device(before.get(name)) != _first_device(value)
     ]
+
+
+def _first_device(value: Any) -> Any:
+    """Return "mps" for "mps:0", which is the same device, and other values as they are."""
+    return value.removesuffix(":0") if isinstance(value, str) else value
 
 
 def _stream_line(info: Mapping[str, Any] | None) -> str:

@@ -29,7 +29,7 @@ class Console(Protocol):
         """Print a result: the value as JSON, or the equivalent lines."""
 
     def show(self, line: str) -> None:
-        """Replace the live line."""
+        """Replace the live line; parts, separated by two spaces, are left off if it is too long."""
 
     def tell(self, *messages: str) -> None:
         """Print messages for the user."""
@@ -79,8 +79,8 @@ class Reporter:
             speed = self._speed(step, now)
             left = (self._total - step) * self._batch_bytes / speed
             self._console.show(
-                f"step {step}/{self._total}  loss {metrics['loss'].item():.4f}  lr {lr:.3g}  "
-                f"{speed:,.0f} bytes/s  {_duration(left)} left"
+                f"step {step}/{self._total}  loss {metrics['loss'].item():.4f}  "
+                f"{_duration(left)} left  {speed:,.0f} bytes/s  lr {lr:.3g}"
             )
 
     def on_log(self, step: int, lr: float, values: dict[str, float]) -> None:

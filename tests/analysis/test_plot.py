@@ -170,6 +170,22 @@ def test_pictures_are_the_same_bytes_each_time(niels, log, tmp_path):
     assert [(tmp_path / name).read_bytes() for name in ("loss.png", "loss.svg")] == first
 
 
+@pytest.mark.usefixtures("needs_matplotlib")
+def test_the_settings_of_the_user_change_no_picture(niels_process, log, tmp_path):
+    path = log("a", RECORDS)
+    (tmp_path / "mine").write_text(
+        "axes.facecolor: red\nfont.family: monospace\ntext.usetex: True\nsvg.fonttype: none\n"
+        "savefig.bbox: tight\nlines.antialiased: False\nfigure.dpi: 30\n"
+    )
+    theirs = {"MPLBACKEND": "nonsense", "MATPLOTLIBRC": str(tmp_path / "mine")}
+    pictures = []
+    for environment in ({"MPLBACKEND": "agg"}, theirs):
+        result = niels_process("plot", path, **environment)
+        assert result.returncode == 0, result.stderr
+        pictures.append([(tmp_path / name).read_bytes() for name in ("loss.png", "loss.svg")])
+    assert pictures[0] == pictures[1]
+
+
 def test_a_picture_of_another_kind_is_refused(niels, log, tmp_path):
     result = niels("plot", log("a", RECORDS), "--out", "good.png", "--out", "loss.pdf")
     assert result.exit_code == 2

@@ -17,6 +17,7 @@ from niels_gpt.loss import gradients
 from niels_gpt.optim.clip import clip_by_global_norm
 from niels_gpt.optim.trees import global_norm, map_tensors
 from niels_gpt.run.metrics import read_metrics, to_lines
+from niels_gpt.run.plan import environment_changes
 from niels_gpt.schema import write_payload
 from niels_gpt.state import empty_model
 from niels_gpt.step import dropout_of_step
@@ -365,3 +366,45 @@ def test_the_first_module_that_is_not_finite_is_named(run, again):
     assert "not finite: first in blocks.1.mlp.fc1" in result.stdout
     result = again("--from", run / "step_0000009.pt", "--step", 10, "--json")
     assert json.loads(result.stdout)["loss"] is None
+
+
+# --- the device --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recorded", "asked", "device"),
+    [
+        ("mps", None, "meta"),  # stands for a GPU that is here
+        ("cuda:1", None, "cpu"),  # which is not
+        ("mps", "cpu", "cpu"),
+        (None, None, "cpu"),  # a checkpoint of another program
+    ],
+)
+def test_the_device_is_that_of_the_run_unless_told_otherwise(
+    whole_run, monkeypatch, recorded, asked, device
+):
+    def resolve(name):
+        if name == "cuda:1":
+            raise ValueError("not available")
+        return {"mps": "meta"}.get(name, name)
+
+    monkeypatch.setattr(replay, "resolve_device", resolve)
+    environment = {} if recorded is None else {"device": recorded}
+    checkpoint = replace(open_checkpoint(whole_run / "latest.pt"), environment=environment)
+    state = replay.to_device(checkpoint, asked).state
+    assert {t.device.type for tree in state.trees().values() for t in tree.values()} == {device}
+
+
+def test_replay_leaves_the_choice_of_the_device_to_the_run(niels, monkeypatch):
+    given = []
+    monkeypatch.setattr(replay, "replay_files", lambda *args: given.append(args[3]))
+    monkeypatch.setattr("niels_gpt.device.get_device", lambda: "mps")
+    niels("replay", "--to", "latest.pt")
+    niels("replay", "--to", "latest.pt", "--device", "cpu")
+    assert given == [None, "cpu"]
+
+
+def test_the_first_device_of_a_kind_is_the_device_of_that_kind():
+    assert environment_changes({"device": "mps"}, {"device": "mps:0"}) == []
+    assert environment_changes({"device": "cuda:0"}, {"device": "cuda"}) == []
+    assert len(environment_changes({"device": "cuda"}, {"device": "cuda:1"})) == 1

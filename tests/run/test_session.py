@@ -107,5 +107,5 @@ def test_a_log_that_cannot_be_written_costs_no_checkpoint_and_no_record(
 def test_on_a_terminal_a_line_shows_where_the_run_is(train, monkeypatch):
     monkeypatch.setattr(EnduringConsole, "is_live", True)
     shown = train().stderr
-    for words in ("step 1/6  loss ", "  lr 0.0003  ", " bytes/s  ", " left"):
+    for words in ("step 1/6  loss ", " left  ", " bytes/s  ", "  lr 0.0003"):
         assert words in shown, words

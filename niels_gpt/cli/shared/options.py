@@ -44,10 +44,15 @@ def refuse_without_effect(reason: str, *names: str) -> None:
             raise click.UsageError(f"{param.opts[0]} has no effect {reason}")
 
 
-def device_option(default: str | None = None) -> Option:
-    """Return a decorator that adds --device; the command gets an available device."""
+def device_option(default: str | None = None, *, of_run: bool = False) -> Option:
+    """Return a decorator that adds --device; the command gets an available device.
 
-    def resolve(ctx: click.Context, param: click.Parameter, name: str | None) -> str:
+    With `of_run` the default is None, for the device of the run that the command is about.
+    """
+
+    def resolve(ctx: click.Context, param: click.Parameter, name: str | None) -> str | None:
+        if of_run and name is None:
+            return None
         from niels_gpt.device import resolve_device
 
         try:
@@ -55,7 +60,8 @@ def device_option(default: str | None = None) -> Option:
         except ValueError as error:
             raise click.BadParameter(str(error)) from None
 
-    text = "cpu, mps or cuda" + "; default mps, else cpu" * (default is None) + "."
+    usual = "; default that of the run, else cpu" if of_run else "; default mps, else cpu"
+    text = "cpu, mps or cuda" + usual * (default is None) + "."
     return click.option(
         "--device", default=default, callback=resolve, metavar="NAME", show_default=True, help=text
     )

@@ -54,10 +54,14 @@ class Console:
         self.warn(f"error: {describe(error)}" + f"; {hint}" * bool(hint))
 
     def show(self, line: str) -> None:
-        """Replace the live line; the next output removes it."""
+        """Replace the live line; the next output removes it.
+
+        The last of its parts, separated by two spaces, are left off if the terminal is too narrow:
+        of a line that wraps, only the last row could be removed.
+        """
         if self.is_live:
             self._clear()
-            _write(line, sys.stderr)
+            _write(_fit(line, _width(sys.stderr) - 1), sys.stderr)
             self._is_line_shown = True
 
     def progress(self, what: str) -> Callable[[int, int], None]:
@@ -112,6 +116,19 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _width(stream: TextIO) -> int:
+    """Return the columns of a terminal; 80 if it does not tell."""
+    with contextlib.suppress(OSError, ValueError):
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    return 80
+
+
+def _fit(line: str, width: int) -> str:
+    while len(line) > width and "  " in line:
+        line = line.rpartition("  ")[0]
+    return line[:width]
 
 
 def _write(text: str, stream: TextIO, *, as_is: bool = False) -> OSError | ValueError | None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections import namedtuple
 
 import pytest
@@ -77,6 +81,26 @@ def test_a_message_takes_the_place_of_the_live_line(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert err == "row 1 of 1,200\r\x1b[Krow 2 of 1,200\r\x1b[Knote: a\nnote: b\n"
     assert out == "c\n"
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (80, "step 200/20000  loss 1.2345  1:23:45 left  1,234 bytes/s  lr 0.0003"),
+        (60, "step 200/20000  loss 1.2345  1:23:45 left  1,234 bytes/s"),
+        (42, "step 200/20000  loss 1.2345  1:23:45 left"),
+        (41, "step 200/20000  loss 1.2345"),
+        (10, "step 200/"),
+        (0, "step 200/20000  loss 1.2345  1:23:45 left  1,234 bytes/s  lr 0.0003"),  # unknown
+    ],
+)
+def test_the_live_line_stays_on_one_row_of_the_terminal(monkeypatch, columns, shown):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(theirs, "w") as terminal, open(ours, "rb", 0) as screen:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        Console().show("step 200/20000  loss 1.2345  1:23:45 left  1,234 bytes/s  lr 0.0003")
+        assert screen.read(200).decode() == shown
 
 
 def test_without_a_terminal_there_is_no_live_line(capsys):
