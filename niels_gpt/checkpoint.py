@@ -174,7 +174,7 @@ def open_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "
             folder has one, a good checkpoint to use instead.
     """
     with _hinting(Path(path)):
-        return _opened(Path(path), device)
+        return read_checkpoint(Path(path), device)
 
 
 def newest_good(
@@ -192,7 +192,7 @@ def newest_good(
         if found is not None and promised is not None and promised <= found.step:
             continue
         try:
-            checkpoint = _opened(path, device)
+            checkpoint = read_checkpoint(path, device)
         except (CheckpointError, FileNotFoundError) as error:
             skipped.append((path, str(error)))
             continue
@@ -201,7 +201,11 @@ def newest_good(
     return found, skipped
 
 
-def _opened(path: Path, device: str | torch.device) -> Checkpoint:
+def read_checkpoint(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """Open a checkpoint like `open_checkpoint`, but read no other file to suggest it instead.
+
+    This is for reading many files, of which many may be damaged.
+    """
     return parse_payload(read_payload(path), path, device)
 
 

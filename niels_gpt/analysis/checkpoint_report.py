@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from niels_gpt.checkpoint import Checkpoint, open_checkpoint
+from niels_gpt.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from niels_gpt.config import dotted
 from niels_gpt.files.names import checkpoint_files
 from niels_gpt.files.torchfile import CheckpointError
@@ -50,7 +50,7 @@ class Verdict(NamedTuple):
 def verify(path: Path) -> Verdict:
     """Read a whole file and verify it as `open_checkpoint` does."""
     try:
-        found = open_checkpoint(path)
+        found = read_checkpoint(path)
     except (CheckpointError, OSError) as error:
         return Verdict(path, str(error).removeprefix(f"{path}: "), None, None)
     return Verdict(path, None, found.step, found.digest)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from niels_gpt.checkpoint import Checkpoint, open_checkpoint
+from niels_gpt.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from niels_gpt.config import ModelConfig
 from niels_gpt.corpus import Corpus, advance, next_batch, open_corpus
 from niels_gpt.device import resolve_device
@@ -165,7 +165,7 @@ def _witness(path: Path, state: TrainState, end: Checkpoint) -> tuple[TrainState
     if state.step == end.step:
         return end.state, ""
     try:
-        there = open_checkpoint(path, state.device).state
+        there = read_checkpoint(path, state.device).state
     except ValueError as error:
         return None, str(error)
     if there[-2:] == state[-2:]:
@@ -355,7 +355,7 @@ def _nearest(folder: Path, step: int) -> Checkpoint:
     opened: dict[Path, Checkpoint] = {}  # their names do not give a step
     for path in {folder / LATEST, folder / BEST} & set(checkpoint_files(folder)):
         with contextlib.suppress(CheckpointError):
-            opened[path] = open_checkpoint(path)
+            opened[path] = read_checkpoint(path)
             steps[path] = opened[path].step
     if not steps:
         raise FileNotFoundError(f"{folder}: no checkpoint in this folder")

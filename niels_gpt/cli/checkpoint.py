@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from niels_gpt.analysis.checkpoint_report import Comparison, Verdict
 
 
+MAX_LINE = 10_000  # characters
+
+
 @click.group(context_settings=HELP)
 def main() -> None:
     """Inspect, verify, compare and export checkpoints."""
@@ -116,8 +119,15 @@ def _info_lines(found: dict[str, Any]) -> list[str]:
         *(("note", note) for note in found["notes"]),
     ]
     return [
-        textwrap.fill(f"{name:<14}{fact}", 100, subsequent_indent=" " * 14) for name, fact in facts
+        textwrap.fill(_cut(f"{name:<14}{fact}"), 100, subsequent_indent=" " * 14)
+        for name, fact in facts
     ]
+
+
+def _cut(line: str) -> str:
+    """Cut a long line: to wrap a word takes time quadratic in its length."""
+    rest = len(line) - MAX_LINE
+    return line if rest <= 0 else f"{line[:MAX_LINE]}... ({rest:,} more characters; see --json)"
 
 
 def _pairs(values: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from niels_gpt.checkpoint import Checkpoint, checkpoint_of, open_checkpoint, write_checkpoint
+from niels_gpt.checkpoint import Checkpoint, checkpoint_of, read_checkpoint, write_checkpoint
 from niels_gpt.eval import Scores
 from niels_gpt.files import durable
 from niels_gpt.files.names import METRICS, run_files, step_of_name
@@ -79,7 +79,7 @@ class Folder:
         if path.name in (METRICS, resumed.path.name):
             return False
         try:
-            return open_checkpoint(path).step > resumed.step
+            return read_checkpoint(path).step > resumed.step
         except (CheckpointError, FileNotFoundError):  # the latter for a dangling link
             return True
 

@@ -12,9 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from niels_gpt import schema
 from niels_gpt.analysis.checkpoint_report import compare
 from niels_gpt.checkpoint import checkpoint_of, load_checkpoint, write_checkpoint
 from niels_gpt.config import to_dict
+from niels_gpt.files.names import step_name
+from niels_gpt.files.torchfile import read_torch_file
 from niels_gpt.inference.export import to_safetensors
 from niels_gpt.loss import forward
 from niels_gpt.rng import make_generator
@@ -59,6 +62,29 @@ def test_info_of_another_programs_file_says_so(niels, tmp_path):
     assert "has no optimizer state" in result.stdout
 
 
+@pytest.mark.parametrize("place", ["train_cfg", "sources", "environment"])
+@pytest.mark.parametrize("command", [("info", "--json"), ("info",), ("diff", "latest.pt")])
+def test_tensors_among_the_settings_are_refused(niels, checkpoint, tmp_path, place, command):
+    path, sources = tmp_path / "plain.pt", {"train": {}, "val": {}, "more": torch.ones(2)}
+    settings = {"train_cfg": {"lr": torch.ones(2)}, "environment": {"x": [torch.ones(2)]}}
+    torch.save({**random_payload(), place: {**settings, "sources": sources}[place]}, path)
+    result = niels("checkpoint", *command, path)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {path}: {place}.")
+    assert "is a tensor, not a plain value" in result.stderr
+
+
+def test_info_cuts_what_is_too_long_to_be_wrapped(niels, tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({**random_payload(), "train_cfg": {"words": "x" * 3_000_000}}, path)
+    result = niels("checkpoint", "info", path)
+    assert result.exit_code == 0, result.stderr
+    assert len(result.stdout) < 20_000
+    assert "2,990,020 more characters; see --json" in result.stdout
+    whole = json.loads(niels("checkpoint", "info", path, "--json").stdout)
+    assert whole["train_cfg"] == {"words": "x" * 3_000_000}
+
+
 @pytest.mark.parametrize("command", [("info",), ("diff", "latest.pt"), ("verify",)])
 def test_a_missing_file_is_told(niels, checkpoint, command):
     result = niels("checkpoint", *command, "absent.pt")
@@ -91,6 +117,16 @@ def test_verify_finds_any_flipped_bit_or_proves_it_harmless(niels, tmp_path, dat
     assert result.exit_code == (1 if verdict["problem"] else 0)
     if not verdict["problem"]:
         assert verdict["digest"] == load_checkpoint(path, device="cpu")["digest"]
+
+
+def test_verify_reads_each_file_once_however_many_are_damaged(niels, tmp_path, monkeypatch):
+    for step in range(1, 7):
+        (tmp_path / step_name(step)).write_bytes(b"damaged")
+    reads = []
+    monkeypatch.setattr(schema, "read_torch_file", lambda p: reads.append(p) or read_torch_file(p))
+    result = niels("checkpoint", "verify", tmp_path)
+    assert result.exit_code == 1
+    assert result.stdout.count("BAD") == len(reads) == 6
 
 
 def test_verify_takes_files_and_folders(niels, tmp_path):
