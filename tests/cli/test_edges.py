@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from niels_gpt.cli import main
 from tests.trained import save_lively
 
 NO_TEMPORARY_FOLDER = """
@@ -19,6 +23,187 @@ finally:
     compiler = sorted({"torch._dynamo", "torch._inductor"} & set(sys.modules))
     sys.stderr.write("".join(f"imported {name}\\n" for name in compiler))
 """
+
+
+CONFIG = {
+    "model": {"T": 16, "C": 8, "L": 1, "H": 2, "d_ff": 8},
+    "train": {
+        **{"B": 2, "total_steps": 2, "warmup_steps": 0, "log_every": 1},
+        **{"eval_every": 2, "eval_steps": 1, "ckpt_every": 1},
+    },
+}
+
+PLACES = "--wiki texts/wiki --roam texts/notes"
+CHEAP = {  # a short invocation of every command, in a folder with a finished run
+    "chat": ["--ckpt run/best.pt --max-bytes 3 --device cpu"],
+    "checkpoint": [
+        "info run/best.pt",
+        "verify run",
+        "diff run/step_0000001.pt run/best.pt",
+        "export run/best.pt out/model.safetensors --force",
+    ],
+    "config": ["show --config config.json"],
+    "data": [f"{part} --config config.json {PLACES}" for part in ("info", "build", "sample")],
+    "evaluate": [f"--ckpt run/best.pt --full --source roam {PLACES} --device cpu"],
+    "inspect": [f"--ckpt run/best.pt --only noise --batches 2 {PLACES}"],
+    "plot": ["run --table", "run --out out/loss.svg"],
+    "replay": [
+        f"--from run/step_0000001.pt --to run/step_0000002.pt {PLACES}",
+        f"--from run --step 2 {PLACES}",
+    ],
+    "sample": ["--ckpt run/best.pt --prompt - --max-bytes 3 --device cpu"],
+    "sweep": [f"--config config.json --lr 1e-3,1e-2 {PLACES}"],
+    "train": [f"--config config.json --out again {PLACES} --device cpu"],
+}
+INVOCATIONS = [f"{name} {words}" for name, each in CHEAP.items() for words in each]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, texts):
+    """A folder with a config, texts, a finished run in `run`, and an empty `out`."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "texts").symlink_to(texts)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "out").mkdir()
+    words = f"train --config config.json --out run {PLACES} --device cpu"
+    result = subprocess.run(
+        [sys.executable, "-m", "niels_gpt", *words.split()], cwd=folder, capture_output=True
+    )
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_every_command_has_an_invocation_here():
+    assert sorted(CHEAP) == main.list_commands(None)
+
+
+# --- closed streams ----------------------------------------------------------------------------
+
+WITH_CLOSED_STREAMS = """
+import json, os, sys, traceback
+import torch
+from niels_gpt.cli import main
+
+def child(words, closed, name):
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    out, err = (os.open(f"{name}.{end}", os.O_CREAT | os.O_WRONLY) for end in ("out", "err"))
+    for descriptor, number in ((nothing, 0), (out, 1), (err, 2)):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    for number in closed:  # what Python finds at its start
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+    try:
+        main(words.split(), prog_name="niels-gpt")
+    except SystemExit as end:
+        return end.code or 0
+    except BaseException:
+        with open(f"{name}.traceback", "w") as file:
+            traceback.print_exc(file=file)
+    return 99
+
+codes = []
+for number, (words, closed) in enumerate(json.loads(sys.argv[1])):
+    if (pid := os.fork()) == 0:
+        code = 98
+        try:
+            code = child(words, closed, f"out/{number}")
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+        finally:
+            os._exit(code)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+print(json.dumps(codes))
+"""
+
+
+def test_closed_streams_change_no_exit_code_and_no_other_output(place):
+    """Of every command; one process forks them all, because importing torch takes a second."""
+    ways = [[], [0], [1], [2], [0, 1, 2]]
+    words = [*INVOCATIONS, "--version", "--help", "sample --help", "checkpoint info absent.pt"]
+    runs = [(line, closed) for line in words for closed in ways]
+    result = subprocess.run(
+        [sys.executable, "-c", WITH_CLOSED_STREAMS, json.dumps(runs)],
+        cwd=place,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    codes = json.loads(result.stdout)
+    for number, (line, closed) in enumerate(runs):
+        whole = number - number % len(ways)
+        traces = [file.read_text() for file in (place / "out").glob(f"{number}.traceback")]
+        seen = "\n".join([*traces, *printed(place, number)])
+        assert codes[number] == codes[whole] == (2 if "absent" in line else 0), (line, closed, seen)
+        for stream, text, expected in zip(
+            (1, 2), printed(place, number), printed(place, whole), strict=True
+        ):
+            assert text == ("" if stream in closed else expected), (line, closed)
+
+
+def printed(place, number):
+    """Return stdout and stderr of a run without its times and subfolders."""
+    texts = [(place / "out" / f"{number}.{end}").read_text() for end in ("out", "err")]
+    texts[0] = re.sub(r"(?m)^moved .*\n|[\d,]+ bytes/s|\d+:\d\d|built now|cached", "", texts[0])
+    return [texts[0], re.sub(r"[\d.,]+(e-\d+)? (of|s|min|bytes/s|MB|kB)\b.*|ratio.*", "", texts[1])]
+
+
+# --- Ctrl-C ------------------------------------------------------------------------------------
+
+presses: list[object] = []  # tells at which event of the interpreter Ctrl-C is pressed
+
+
+def press(event, args):
+    if presses and presses[0](event, args):
+        presses.clear()
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def ctrl_c():
+    """Press Ctrl-C at the first event for which a function is true; the hook stays for good."""
+    sys.addaudithook(press)
+    yield presses
+    presses.clear()
+
+
+def opens_input(event, args):
+    return event == "open" and re.search(r"(best|step_\d+)\.pt$|\.json$|\.jsonl$", str(args[0]))
+
+
+@pytest.mark.parametrize("line", INVOCATIONS)
+def test_ctrl_c_is_code_130_in_every_command(niels, place, monkeypatch, ctrl_c, line):
+    monkeypatch.chdir(place)
+    ctrl_c.append(opens_input)
+    result = niels(*line.split())
+    assert not ctrl_c, "it was not pressed"
+    assert result.exit_code == 130, result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("line", "old"),
+    [
+        ("plot run --out out/loss.svg", "out/loss.svg"),
+        ("checkpoint export run/best.pt out/model.safetensors --force", "out/model.safetensors"),
+        (f"sweep --config config.json --lr 1e-3 {PLACES} --picture out/sweep.svg", "out/sweep.svg"),
+    ],
+)
+@pytest.mark.parametrize("when", ["open", "os.rename"])
+def test_ctrl_c_leaves_nothing_half_written(niels, place, monkeypatch, ctrl_c, line, old, when):
+    monkeypatch.chdir(place)
+    name = old.rpartition("/")[2]
+    (place / old).write_text("the old one")
+    before = sorted((place / "out").iterdir())
+    ctrl_c.append(lambda event, args: event == when and name in str(args[0]))
+    result = niels(*line.split())
+    assert not ctrl_c, "it was not pressed"
+    assert result.exit_code == 130, result.output
+    assert sorted((place / "out").iterdir()) == before
+    assert (place / old).read_text() == "the old one"
+
+
+# --- no temporary folder -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
