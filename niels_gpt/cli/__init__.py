@@ -26,6 +26,11 @@ class Commands(click.Group):
         command: click.Command = import_module(f"{__name__}.{cmd_name}").main
         return command
 
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        """Parse the command line, which prints the help, as a process."""
+        with process():
+            return super().make_context(*args, **more)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command as a process."""
         with process():

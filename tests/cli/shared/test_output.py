@@ -40,7 +40,7 @@ def test_streams_that_are_closed_from_the_start_leave_the_exit_code(tmp_path, wo
 
 
 @FULL
-@pytest.mark.parametrize("words", ["config show", "config show --json", "data --help"])
+@pytest.mark.parametrize("words", ["--help", "config show", "config show --json", "data --help"])
 def test_a_full_disk_is_one_message_and_code_1(tmp_path, words):
     result = bash(f"$NIELS {words} > /dev/full", tmp_path)
     assert result.returncode == 1
