@@ -9,16 +9,26 @@ was left out), `messages`, and `describe_sources` for origin, size and digest.
 """
 
 import contextlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from niels_gpt import paths
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.data import cache
 from niels_gpt.data.primer import DIALOGUE_DELIM
-from niels_gpt.data.recipe import Reading, Recipe, Unavailable, join_documents, to_bytes
+from niels_gpt.data.recipe import (
+    Made,
+    Reading,
+    Recipe,
+    Remark,
+    Unavailable,
+    join_documents,
+    tell,
+    to_bytes,
+)
 from niels_gpt.data.sources import SOURCES, check_place
 from niels_gpt.data.wiki import WIKITEXT, wikitext_recipe
 from niels_gpt.data.wikitext import load_wikitext
@@ -91,6 +101,8 @@ class Built(NamedTuple):
     stream: bytes
     info: SourceInfo
     recipe: Recipe | None = None
+    report: Mapping[str, Any] = MappingProxyType({})  # see `Made.reports`
+    unread: Sequence[Remark] = ()  # files that could not be read now
 
 
 class Sources(dict[str, bytes]):
@@ -128,9 +140,10 @@ def build_sources(cfg: StreamBuildConfig | None = None) -> tuple[Sources, Source
     WikiText-103, cached or through `datasets`; else, with `wiki_fallback`, Python's documentation.
 
     Raises:
-        RuntimeError: if a required source cannot be built.
-        ValueError: if a stream is shorter than T + 1 (the val split of a source that is not
-            required is left out instead), or for an unknown or inconsistent source name.
+        RuntimeError: if a source that is required or in `places` cannot be built.
+        ValueError: if its stream is shorter than T + 1 (any other source is left out instead, the
+            val split alone of a source that is not required too), or for an unknown or inconsistent
+            source name.
     """
     cfg = cfg or StreamBuildConfig()
     _check(cfg)
@@ -139,19 +152,27 @@ def build_sources(cfg: StreamBuildConfig | None = None) -> tuple[Sources, Source
     missing: dict[str, str] = {}
     messages: list[str] = []
     for source in cfg.enabled_sources:
-        required = source in cfg.required_sources
+        required, named = source in cfg.required_sources, source in cfg.places
         try:
             built_train, built_val = _build(source, cfg, messages)
             if required and not built_val.stream:
                 raise Unavailable("its validation split would be empty: too few documents")
         except (Unavailable, OSError) as why:
-            if required and not cfg.allow_missing_sources:
+            if named or (required and not cfg.allow_missing_sources):
                 raise RuntimeError(_cannot_build(source, why)) from why
             missing[source] = str(why)
             continue
-        train[source] = _long_enough(built_train, source, "train", cfg.T)
-        if required or len(built_val.stream) > cfg.T:
-            val[source] = _long_enough(built_val, source, "val", cfg.T)
+        if short := _too_short(built_train, "train", cfg.T):
+            if required or named:
+                raise ValueError(f"source {source!r}, {short}")
+            missing[source] = short
+            continue
+        train[source] = built_train
+        short = _too_short(built_val, "val", cfg.T)
+        if short and required:
+            raise ValueError(f"source {source!r}, {short}")
+        if not short:
+            val[source] = built_val
         else:
             messages.append(
                 f"{source}: its validation split has {len(built_val.stream)} bytes, fewer than "
@@ -167,14 +188,16 @@ def build_train_val_sources(
 
     Train has the available sources of `p_train` with probability above 0. Val always has "wiki",
     on which every run is evaluated even if it does not train on it. Notes and primer may be
-    missing, and the wiki text may be the fallback text, but a wiki folder must be complete.
+    missing, and the wiki text may be the fallback text, but a wiki folder must be complete, and
+    what lies in `places` must be text, even if `p_train` gives it no share.
     """
+    build_cfg = build_cfg or StreamBuildConfig()
     wanted = [name for name, probability in train_cfg.p_train.items() if probability > 0]
     cfg = replace(
-        build_cfg or StreamBuildConfig(),
+        build_cfg,
         T=model_cfg.T,
         seed=train_cfg.seed,
-        enabled_sources=tuple(dict.fromkeys(["wiki", *wanted])),
+        enabled_sources=tuple(dict.fromkeys(["wiki", *wanted, *build_cfg.places])),
         required_sources=("wiki",),
         allow_missing_sources=True,
         wiki_fallback=True,
@@ -183,7 +206,7 @@ def build_train_val_sources(
     if "wiki" not in val:
         missing: Mapping[str, str] = getattr(val, "missing", {})
         raise RuntimeError(_cannot_build("wiki", missing.get("wiki", "no validation text")))
-    return _only(train, wanted), val
+    return _only(train, wanted), _only(val, ["wiki", *wanted])
 
 
 def fetch_wikitext(cfg: StreamBuildConfig | None = None) -> tuple[Sources, Sources]:
@@ -236,13 +259,11 @@ def _cannot_build(source: str, why: object) -> str:
     return f"source {source!r} cannot be built: {why}"
 
 
-def _long_enough(built: Built, source: str, split: str, T: int) -> Built:
-    if len(built.stream) < T + 1:
-        raise ValueError(
-            f"source {source!r}, split {split!r}: {len(built.stream)} bytes, "
-            f"too short for T={T} (needs T+1={T + 1})"
-        )
-    return built
+def _too_short(built: Built, split: str, T: int) -> str:
+    """Return what is wrong if a stream is shorter than a window, else ""."""
+    if (length := len(built.stream)) > T:
+        return ""
+    return f"split {split!r}: {length} bytes, too short for T={T} (needs T+1={T + 1})"
 
 
 # --- one source --------------------------------------------------------------------------------
@@ -273,11 +294,12 @@ def reading(source: str, cfg: StreamBuildConfig) -> Reading:
 
 def _build(source: str, cfg: StreamBuildConfig, messages: list[str]) -> tuple[Built, Built]:
     """Use the first recipe that is available; add a message if it is a fallback."""
-    wanted, *others = SOURCES[source].recipes(reading(source, cfg))
+    recipes = iter(SOURCES[source].recipes(reading(source, cfg)))
+    wanted = next(recipes)
     try:
         return _make(source, wanted, cfg, messages)
     except Unavailable as why:
-        for recipe in others:
+        for recipe in recipes:
             with contextlib.suppress(Unavailable):
                 built = _make(source, recipe, cfg, messages)
                 messages.append(
@@ -302,18 +324,26 @@ def _make(
         for split in SPLITS
     ]
     streams = None if cfg.force_rebuild else _cached(folder, names, metas, messages)
+    unread: Sequence[Remark] = ()
     if streams is None:
-        train, val = recipe.build()
-        if not train:
+        made = Made(*recipe.build())
+        if not made.train:
             raise Unavailable(f"it has no text ({recipe.place or recipe.origin})")
-        streams = [cache.digest(train), cache.digest(val)]
+        unread = made.unread
+        messages += [f"{source}: {message}" for message in tell("left out", unread)]
+        if made.files is not None:
+            metas = [{**meta, "files": made.files} for meta in metas]
+        streams = [
+            cache.digest(data)._replace(report=report)
+            for data, report in zip((made.train, made.val), made.reports(), strict=True)
+        ]
         if cfg.write_cache and not _is_spared(folder, names, recipe):
             try:
                 cache.write_streams(folder, zip(names, metas, streams, strict=True))
             except OSError as error:
                 messages.append(f"cache: {error}; the streams are rebuilt each time")
     train_stream, val_stream = streams
-    return _built(recipe, train_stream), _built(recipe, val_stream)
+    return _built(recipe, train_stream, unread), _built(recipe, val_stream, unread)
 
 
 def _cached(
@@ -333,6 +363,6 @@ def _is_spared(folder: Path, names: list[str], recipe: Recipe) -> bool:
     return bool(recipe.spares) and cache.read_meta(folder, names[0]).get("origin") == recipe.spares
 
 
-def _built(recipe: Recipe, stream: cache.Stream) -> Built:
+def _built(recipe: Recipe, stream: cache.Stream, unread: Sequence[Remark]) -> Built:
     info = SourceInfo(recipe.origin, recipe.place, len(stream.data), stream.sha256)
-    return Built(stream.data, info, recipe)
+    return Built(stream.data, info, recipe, stream.report, unread)

@@ -1,11 +1,13 @@
 """Laws of the streams: their content, the origin of the wiki text, and an honest cache."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from niels_gpt import paths, streams
 from niels_gpt.batching import get_batch, renormalise
 from niels_gpt.config import ModelConfig, TrainConfig
-from niels_gpt.data import DIALOGUE_DELIM, primer, wiki
+from niels_gpt.data import DIALOGUE_DELIM, cache, primer, python_docs, roam, wiki
 from niels_gpt.streams import (
     StreamBuildConfig,
     build_primer_stream,
@@ -182,6 +184,83 @@ def test_left_out_notes_are_told_except_those_left_out_by_design(home):
     assert "gone.md: No such file" in train.messages[0]
 
 
+# --- notes that cannot be read -----------------------------------------------------------------
+
+ERRORS = [  # a bad disk, a cloud placeholder, a network folder that is gone, and the like
+    *(errno.EIO, errno.EDEADLK, errno.ETIMEDOUT, errno.ESTALE, errno.ENAMETOOLONG, errno.ENOENT),
+    *(errno.EACCES, errno.EPERM, errno.EISDIR),
+]
+
+
+def break_reading(monkeypatch, names, number):
+    """Let the files of these names fail when they are read."""
+    read_bytes = Path.read_bytes
+
+    def read(path):
+        if path.name in names:
+            raise OSError(number, os.strerror(number), str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+
+
+@pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)
+def test_a_note_that_cannot_be_read_is_left_out_by_name_and_reason(home, monkeypatch, number):
+    without = config(home, cache_dir="without")
+    (home / "notes/bad.md").write_text("It can be listed, but not read.")
+    with monkeypatch.context() as patch:
+        break_reading(patch, {"bad.md"}, number)
+        train, val = build_sources(config(home))
+    message = f"roam: 1 left out: {home / 'notes/bad.md'}: {os.strerror(number)}"
+    assert train.messages == val.messages == [message]
+    files = json.loads(cache_files(home)["roam_train.meta.json"].read_text())["files"]
+    assert sorted(Path(file["path"]).name for file in files) == sorted(f"{i}.md" for i in range(20))
+    whole = build_sources(config(home))  # it can be read again
+    assert any(b"not read" in half["roam"] for half in whole)
+    (home / "notes/bad.md").unlink()
+    assert (train, val) == build_sources(without)
+
+
+def test_a_note_that_vanishes_once_it_was_looked_at_is_left_out(home, monkeypatch):
+    stat = Path.stat
+
+    def look(path, **more):
+        status = stat(path, **more)
+        if path.name == "7.md":
+            path.unlink()
+        return status
+
+    monkeypatch.setattr(Path, "stat", look)
+    train, _ = build_sources(config(home))
+    assert "7.md: No such file" in train.messages[0]
+    assert {"wiki", "roam", "primer"} == train.keys()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_notes_none_of_which_can_be_read_are_an_absent_source(home, monkeypatch, number):
+    break_reading(monkeypatch, {f"{i}.md" for i in range(20)}, number)
+    train, _ = build_sources(config(home, required_sources=("wiki",)))
+    assert "can be read; 20 left out: " in train.missing["roam"]
+    assert f": {os.strerror(number)}; " in train.missing["roam"]
+    assert train.missing["roam"].endswith("; and 17 more, see niels-gpt data info")
+    with pytest.raises(RuntimeError, match=os.strerror(number)):
+        build_sources(config(home, required_sources=(), places={"roam": home / "notes"}))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG])
+def test_a_folder_that_cannot_be_read_is_not_said_to_have_no_notes(home, monkeypatch, number):
+    scandir = os.scandir
+
+    def refuse(folder):
+        if Path(folder) == home / "notes":
+            raise OSError(number, os.strerror(number), folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    train, _ = build_sources(config(home, required_sources=("wiki",)))
+    assert train.missing["roam"] == f"{home / 'notes'} cannot be read: {os.strerror(number)}"
+
+
 # --- where the wiki text comes from ------------------------------------------------------------
 
 
@@ -277,8 +356,11 @@ def test_the_cache_has_each_stream_with_its_inputs_beside(home):
     meta = json.loads(files["roam_train.meta.json"].read_text())
     assert (meta["sep"], meta["seed"], meta["val_frac"]) == ("\n\n", 42, 0.1)
     notes = sorted((home / "notes").rglob("*.md"))
-    assert meta["files"] == [
-        {"path": str(p), "mtime_ns": p.stat().st_mtime_ns, "size": p.stat().st_size} for p in notes
+    stamps = ["path", "mtime_ns", "size", "ctime_ns", "inode"]
+    assert [[file[key] for key in stamps] for file in meta["files"]] == [
+        [str(p), s.st_mtime_ns, s.st_size, s.st_ctime_ns, s.st_ino]
+        for p in notes
+        for s in [p.stat()]
     ]
     meta = json.loads(files["primer_val.meta.json"].read_text())
     assert meta["path"] == str(home / "primer.txt")
@@ -298,6 +380,21 @@ def touch_one_note(home):
     os.utime(next((home / "notes").rglob("7.md")), ns=(1, 1))
 
 
+def rewrite_in_place(home):
+    note = next((home / "notes").rglob("7.md"))
+    before = note.stat()
+    note.write_bytes(note.read_bytes().replace(b"some", b"SOME"))
+    os.utime(note, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replace_note(home):
+    note = next((home / "notes").rglob("7.md"))
+    before = note.stat()
+    (home / "copy").write_bytes(note.read_bytes().replace(b"some", b"SOME"))
+    os.utime(home / "copy", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (home / "copy").rename(note)
+
+
 def shorten_primer(home):
     (home / "primer.txt").write_text(DIALOGUE_DELIM.join(DIALOGUES[:5]))
 
@@ -310,6 +407,8 @@ CHANGES = {
     "the share of notes": ("roam", {"roam_val_frac": 0.3}, None),
     "the seed": ("roam primer", {"seed": 43}, None),
     "the primer": ("primer", {}, shorten_primer),
+    "a note rewritten in place, its time restored": ("roam", {}, rewrite_in_place),
+    "a note replaced, its time restored": ("roam", {}, replace_note),
     "the delimiter": ("primer", {"delimiter": "user:"}, None),
     "the share of dialogues": ("primer", {"primer_val_frac": 0.5}, None),
     "the wiki train file": ("wiki", {}, lambda h: (h / "wiki/train.txt").write_text("new" * 9)),
@@ -329,6 +428,42 @@ def test_changed_inputs_are_built_again_and_only_those(home, change):
     renewed = {name for name, now in stamps(home).items() if before[name] != now}
     assert {name.split("_")[0] for name in renewed} == set(changed.split())
     assert len(renewed) == 4 * len(changed.split())
+
+
+def test_the_same_notes_below_another_folder_are_another_split(home):
+    cfg = config(home, roam_val_frac=0.5)
+    before = build_sources(cfg)[1]["roam"]
+    above = build_sources(replace(cfg, roam_root=home))[1]["roam"]
+    assert above == build_sources(replace(cfg, roam_root=home, cache_dir="elsewhere"))[1]["roam"]
+    assert above != before
+
+
+def test_streams_of_an_earlier_builder_are_not_served(home, monkeypatch):
+    first = build_sources(config(home))
+    before = stamps(home)
+    for reader in (roam, primer):
+        monkeypatch.setattr(reader, "BUILDER", reader.BUILDER - 1)
+    assert build_sources(config(home)) == first
+    renewed = {name for name, now in stamps(home).items() if before[name] != now}
+    assert {name.split("_")[0] for name in renewed} == {"roam", "primer"}
+
+
+def test_pythons_documentation_is_known_by_its_content(home, monkeypatch):
+    """One version of Python comes in variants: repaired, or without a part of its library."""
+    library = home / "library"
+    library.mkdir()
+    (library / "a.py").write_text('"""The first text of a module."""')
+    (library / "b.py").write_text('"""Another module has this text."""')
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(library))
+    monkeypatch.setattr(wiki, "load_python_docs", python_docs.load_python_docs)
+    cfg = wiki_only(home, wiki_fallback=True)
+    first = build_sources(cfg)
+    before = stamps(home)
+    assert build_sources(cfg) == first
+    assert stamps(home) == before
+    for name in ("a.py", "b.py"):
+        (library / name).write_text(f'"""Now {name} has a text of its own."""')
+    assert b"of its own" in build_sources(cfg)[0]["wiki"]
 
 
 @pytest.mark.parametrize("text", ["wiki folder", "WikiText-103", "documentation"])
@@ -446,6 +581,48 @@ def test_a_cached_stream_is_held_once_in_memory(home):
     assert size == len(train["wiki"]) <= peak < 1.1 * size
 
 
+def test_a_reader_between_the_two_files_of_a_writer_sees_no_damage(home, monkeypatch):
+    """The new bytes are in place, but their meta file is not yet; the reader wants the old ones."""
+    wanted = config(home, roam_val_frac=0.2, write_cache=False)
+    expected = build_sources(replace(wanted, write_cache=True))
+    write = cache.write_durably
+    seen = []
+
+    def write_and_read(targets, data):
+        write(targets, data)
+        seen.append(build_sources(wanted))
+
+    monkeypatch.setattr(cache, "write_durably", write_and_read)
+    build_sources(config(home, roam_val_frac=0.4))
+    assert seen == [expected] * 4
+    assert [train.messages for train, _ in seen] == [[]] * 4
+
+
+def test_a_writer_that_overtakes_a_reader_is_no_damage(home, monkeypatch):
+    """The reader has the old meta file, and then finds the new bytes."""
+    wanted = config(home, roam_val_frac=0.2)
+    expected = build_sources(wanted)
+    old = {path: path.read_bytes() for path in cache_files(home).values()}
+    build_sources(config(home, roam_val_frac=0.4))
+    new = {path: path.read_bytes() for path in cache_files(home).values()}
+    read_meta = cache.read_meta
+    for split in ("train", "val"):
+        for path, data in old.items():
+            path.write_bytes(data)
+
+        def overtaken(folder, name, split=split):
+            meta = read_meta(folder, name)
+            if name == f"roam_{split}":
+                for path, data in new.items():
+                    path.write_bytes(data)
+            return meta
+
+        monkeypatch.setattr(cache, "read_meta", overtaken)
+        train, val = build_sources(replace(wanted, write_cache=False))
+        assert (train, val) == expected
+        assert train.messages == []
+
+
 # --- what is missing or wrong ------------------------------------------------------------------
 
 
@@ -537,6 +714,54 @@ def test_streams_shorter_than_one_window_are_named(home, options, message):
 def test_a_stream_of_exactly_one_window_is_enough(home):
     sources = build_sources(wiki_only(home, wiki_root=home / "wiki", T=41))
     assert len(sources[1]["wiki"]) == 42
+
+
+# --- what the user names -----------------------------------------------------------------------
+
+NO_TEXT = {
+    "no notes": ("roam", lambda h: shutil.rmtree(h / "notes") or (h / "notes").mkdir(), "no notes"),
+    "blank primer": ("primer", lambda h: (h / "primer.txt").write_text(" \n"), "no text"),
+    "empty wiki": ("wiki", lambda h: (h / "wiki/train.txt").write_text(""), "no text"),
+    "half a wiki": ("wiki", lambda h: (h / "wiki/val.txt").unlink(), "must have train.txt and"),
+}
+
+
+@pytest.mark.parametrize("p_train", [{"wiki": 1.0}, {"wiki": 0.5, "roam": 0.3, "primer": 0.2}])
+@pytest.mark.parametrize("loss", NO_TEXT)
+def test_a_source_that_is_named_has_to_have_text_whatever_its_share(home, loss, p_train):
+    source, act, why = NO_TEXT[loss]
+    places = {"roam": home / "notes", "primer": home / "primer.txt", "wiki": home / "wiki"}
+    train_cfg = TrainConfig(p_train=p_train)
+    train, val = build_train_val_sources(
+        MODEL, train_cfg, build_cfg=StreamBuildConfig(places=places)
+    )
+    assert train.keys() == p_train.keys()
+    assert val.keys() == p_train.keys()
+    act(home)
+    for only in (places, {source: places[source], "wiki": places["wiki"]}):
+        with pytest.raises(RuntimeError, match=f"{source!r} cannot be built: .*{why}"):
+            build_train_val_sources(MODEL, train_cfg, build_cfg=StreamBuildConfig(places=only))
+
+
+def test_a_default_source_too_short_for_a_window_is_left_out_and_a_named_one_refused(home):
+    (home / "primer.txt").write_text(f"user: a{DIALOGUE_DELIM}user: b")
+    cfg = config(home, required_sources=("wiki",))
+    train, val = build_sources(cfg)
+    assert train.keys() == val.keys() == {"wiki", "roam"}
+    assert train.missing == {"primer": "split 'train': 7 bytes, too short for T=8 (needs T+1=9)"}
+    with pytest.raises(ValueError, match="'primer', split 'train': 7 bytes, too short for T=8"):
+        build_sources(replace(cfg, places={"primer": home / "primer.txt"}))
+    with pytest.raises(ValueError, match="'primer', split 'train': 7 bytes, too short for T=8"):
+        build_sources(replace(cfg, required_sources=("primer",)))
+
+
+def test_no_place_at_all_is_not_the_current_folder(home, monkeypatch):
+    monkeypatch.chdir(home)
+    cfg = config(home, required_sources=("wiki",), roam_root="", primer_path="")
+    assert build_sources(cfg)[0].missing == {
+        "roam": "no folder of notes was given",
+        "primer": "no primer file was given",
+    }
 
 
 # --- for a run ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from niels_gpt import ModelConfig, TrainConfig, streams, to_modules
+from niels_gpt import ModelConfig, TrainConfig, paths, streams, to_modules
 from niels_gpt.checkpoint import load_checkpoint, open_checkpoint
 from niels_gpt.files.torchfile import read_torch_file
 from niels_gpt.run.metrics import CLOCK_FIELDS
@@ -43,8 +43,8 @@ def config(tmp_path):
 def train(niels, config, texts):
     """Run `niels-gpt train` in this process on the tiny config and the generated texts."""
 
-    def run(*args, wiki=None, roam=None):
-        where = ["--wiki", wiki or texts / "wiki", "--roam", roam or texts / "notes"]
+    def run(*args, wiki=None, roam=texts / "notes"):
+        where = ["--wiki", wiki or texts / "wiki", *(["--roam", roam] if roam else [])]
         return niels("train", "--config", config, "--device", "cpu", *where, *args)
 
     return run
@@ -326,9 +326,10 @@ def test_a_second_run_in_the_same_folder_is_refused_with_the_pid_of_the_first(tr
     assert train("--out", tmp_path / "out").exit_code == 0
 
 
-def test_notes_that_are_absent_are_left_out_and_that_is_said(train, tmp_path):
+def test_notes_that_are_absent_are_left_out_and_that_is_said(train, tmp_path, monkeypatch):
     (tmp_path / "no-notes").mkdir()
-    result = train("--out", tmp_path / "out", roam=tmp_path / "no-notes")
+    monkeypatch.setattr(paths, "ROAM_DIR", tmp_path / "no-notes")
+    result = train("--out", tmp_path / "out", roam=None)
     assert result.exit_code == 0, result.stderr
     assert "roam: left out" in result.stderr
     sources = load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")["sources"]

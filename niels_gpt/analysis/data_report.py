@@ -1,5 +1,7 @@
 """A report on the sources: what exists, how it is split, what was left out."""
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,17 +9,11 @@ from typing import NamedTuple
 
 from niels_gpt import paths, streams
 from niels_gpt.data import cache
-from niels_gpt.data.roam import other_files, scan_notes
-from niels_gpt.streams import SourceInfo, StreamBuildConfig
+from niels_gpt.data.recipe import Remark
+from niels_gpt.data.roam import TEXT_SUFFIXES, scan_folder, tell_suffixes
+from niels_gpt.streams import Built, StreamBuildConfig
 
 CACHED, STALE, UNCACHED = "cached", "cached from other input", "not cached"
-
-
-class LeftOut(NamedTuple):
-    """A file or folder that is not read, or is altered when read, and why."""
-
-    path: str
-    reason: str
 
 
 class Split(NamedTuple):
@@ -38,8 +34,8 @@ class Source(NamedTuple):
     place: str
     files: int | None  # number of files read; None if the text is not the user's
     splits: dict[str, Split]
-    left_out: list[LeftOut]
-    altered: list[LeftOut]  # read with replacements
+    left_out: list[Remark]
+    altered: list[Remark]  # read with replacements
     notes: list[str]
 
 
@@ -54,16 +50,16 @@ def _look(name: str, cfg: StreamBuildConfig) -> Source:
     try:
         train, val = streams.build_sources(cfg)
     except (ValueError, RuntimeError, OSError) as error:
-        return Source(name, str(error), "", "", None, {}, left_out, [], [])
+        return Source(name, str(error), "", "", None, {}, left_out, [], others)
     if name not in train:
         problem = train.missing[name]
         return Source(name, problem, "", "", None, {}, left_out, [], train.messages + others)
-    _, info, recipe = train.built[name]
+    _, info, recipe, _, unread = train.built[name]
     assert recipe is not None
-    counts = recipe.documents() if recipe.documents else (None, None)
+    read = len(recipe.inputs["files"]) - len(unread) if "files" in recipe.inputs else None
     splits = {
-        split: _split(cfg, name, split, sources.built[name].info, documents)
-        for split, sources, documents in zip(streams.SPLITS, (train, val), counts, strict=True)
+        split: _split(cfg, name, split, sources.built[name])
+        for split, sources in zip(streams.SPLITS, (train, val), strict=True)
         if name in sources
     }
     return Source(
@@ -71,31 +67,29 @@ def _look(name: str, cfg: StreamBuildConfig) -> Source:
         problem=None,
         origin=info.origin,
         place=info.place,
-        files=len(recipe.inputs["files"]) if "files" in recipe.inputs else None,
+        files=read,
         splits=splits,
-        left_out=left_out,
+        left_out=[*left_out, *unread],
         altered=altered(notes),
         notes=train.messages + others,
     )
 
 
-def _look_among_notes(cfg: StreamBuildConfig) -> tuple[list[Path], list[LeftOut], list[str]]:
+def _look_among_notes(cfg: StreamBuildConfig) -> tuple[list[Path], list[Remark], list[str]]:
     """Return the notes, what is left out, and messages about files with other suffixes."""
-    root = Path(streams.reading("roam", cfg).place)
-    if not root.exists():
+    root = streams.reading("roam", cfg).place
+    if not str(root) or not os.path.lexists(root):
         return [], [], []
-    notes, skipped = scan_notes(root)
-    counts = other_files(root)
-    kinds = ", ".join(f"{n} {suffix}" for suffix, n in counts.most_common(8))
-    others = [f"roam: only *.md is read, not {kinds}"] if counts else []
-    return notes, [LeftOut(str(s.path), s.reason) for s in skipped], others
+    scan = scan_folder(root)
+    others = Counter({s: n for s, n in scan.others.items() if s not in TEXT_SUFFIXES})
+    messages = [f"roam: {message}" for message in tell_suffixes("other", others)]
+    return list(scan.notes), [Remark(str(s.path), s.reason) for s in scan.skipped], messages
 
 
-def _split(
-    cfg: StreamBuildConfig, name: str, split: str, info: SourceInfo, documents: int | None
-) -> Split:
+def _split(cfg: StreamBuildConfig, name: str, split: str, built: Built) -> Split:
+    info = built.info
     state = cache_state(cfg, name, split, info.sha256)
-    return Split(info.nbytes, info.sha256, documents, state)
+    return Split(info.nbytes, info.sha256, built.report.get("documents"), state)
 
 
 def cache_state(cfg: StreamBuildConfig, name: str, split: str, sha256: str) -> str:
@@ -106,15 +100,18 @@ def cache_state(cfg: StreamBuildConfig, name: str, split: str, sha256: str) -> s
     return CACHED if meta.get("sha256") == sha256 else STALE
 
 
-def altered(files: Sequence[Path]) -> list[LeftOut]:
+def altered(files: Sequence[Path]) -> list[Remark]:
     """List the files that are not valid UTF-8, whose invalid bytes are replaced."""
     found = []
     for path in files:
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError:
+            continue
         if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-            found.append(LeftOut(str(path), "UTF-16, but read as UTF-8: save it as UTF-8"))
+            found.append(Remark(str(path), "UTF-16, but read as UTF-8: save it as UTF-8"))
         elif lost := _replaced(data):
-            found.append(LeftOut(str(path), f"not UTF-8: {lost} characters were replaced"))
+            found.append(Remark(str(path), f"not UTF-8: {lost} characters were replaced"))
     return found
 
 

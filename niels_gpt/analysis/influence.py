@@ -6,13 +6,15 @@ Shapes: n pieces of documents, T positions.
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from niels_gpt.analysis.noise import OnProgress
 from niels_gpt.config import ModelConfig
-from niels_gpt.data.roam import list_roam_paths, load_texts, split_roam_paths
+from niels_gpt.data.recipe import to_bytes
+from niels_gpt.data.roam import read_notes
 from niels_gpt.eval import eval_batches
 from niels_gpt.loss import Batch, gradients, row_slopes
 from niels_gpt.optim.trees import Tree
@@ -127,16 +129,15 @@ def training_notes(
     """Return the notes that a run with this seed trains on, named by path below the folder.
 
     Raises:
-        ValueError: if none has at least `min_bytes`.
+        ValueError, RuntimeError: if none has at least `min_bytes`.
     """
-    how = reading("roam", cfg)
+    how = reading("roam", replace(cfg, seed=seed))
     root = os.path.abspath(how.place)
-    paths, _ = split_roam_paths(list_roam_paths(root), val_frac=how.val_frac, seed=seed, root=root)
-    texts = [text.encode(errors="replace") for text in load_texts(paths)]
+    notes = read_notes(how).train
     found = [
-        (os.path.relpath(path, root), text)
-        for path, text in zip(paths, texts, strict=True)
-        if len(text) >= max(2, min_bytes)
+        (os.path.relpath(path, root), data)
+        for path, text in notes
+        if len(data := to_bytes(text)) >= max(2, min_bytes)
     ]
     if not found:
         raise ValueError(f"{root}: no notes (*.md) of at least {min_bytes} bytes")

@@ -12,7 +12,8 @@ from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_from_json
 
 if TYPE_CHECKING:
-    from niels_gpt.analysis.data_report import LeftOut, Source
+    from niels_gpt.analysis.data_report import Source
+    from niels_gpt.data.recipe import Remark
     from niels_gpt.streams import Sources, StreamBuildConfig
 
 SHOWN = 20  # lines of a list
@@ -48,6 +49,10 @@ def info(config: str | None, places: Places, as_json: bool) -> None:
         found = survey(_where(config, places)[2])
     lines = [line for source in found for line in _source_lines(source)]
     console.result(found, lines, as_json=as_json)
+    with exit_on_failure(2):
+        for source in found:
+            if source.name in places and source.problem is not None:
+                raise ValueError(source.problem)
 
 
 @main.command(epilog="Example: niels-gpt data build --roam ~/notes")
@@ -63,7 +68,7 @@ def build(
 ) -> None:
     """Build the streams before a training run.
 
-    A source that you name must exist; the other sources are built if they exist.
+    A source that you name must have text; the other sources are built if they exist.
     """
     with exit_on_failure(2):
         from niels_gpt.streams import build_sources
@@ -71,7 +76,7 @@ def build(
         train, val = build_sources(
             replace(
                 _where(config, places)[2],
-                required_sources=tuple(places),
+                required_sources=("wiki",) if "wiki" in places else (),  # as in a run
                 force_rebuild=rebuild,
             )
         )
@@ -176,7 +181,7 @@ def _count(n: int, thing: str) -> str:
     return f"{n:,} {thing}" + "s" * (n != 1)
 
 
-def _listed(what: str, files: list[LeftOut]) -> list[str]:
+def _listed(what: str, files: list[Remark]) -> list[str]:
     lines = [f"  {what}: {file.path}: {file.reason}" for file in files[:SHOWN]]
     if (more := len(files) - SHOWN) > 0:
         lines.append(f"  {what}: and {more:,} more (--json lists them all)")

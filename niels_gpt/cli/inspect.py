@@ -19,7 +19,7 @@ from niels_gpt.cli.shared.options import (
     refuse_without_effect,
     source_options,
 )
-from niels_gpt.cli.shared.output import console, describe, exit_on_failure
+from niels_gpt.cli.shared.output import USER_ERRORS, console, describe, exit_on_failure
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.influence import Influence
@@ -113,7 +113,7 @@ def _documents(
         return []
     try:
         return training_notes(sources, state.train_cfg.seed)
-    except (ValueError, OSError) as error:
+    except USER_ERRORS as error:
         if required:
             raise
         console.tell(f"no documents: {describe(error)}; give --roam DIR")

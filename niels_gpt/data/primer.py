@@ -3,42 +3,37 @@
 import os
 from pathlib import Path
 
-from niels_gpt.data.recipe import Reading, Recipe, Unavailable, stamps, to_bytes
+from niels_gpt.data.recipe import Made, Reading, Recipe, Unavailable, stamps, to_bytes
 from niels_gpt.data.split import split_by_key
 
+BUILDER = 2  # counts changes of the streams that are made of the same file
 DIALOGUE_DELIM = "\n\n<dialogue>\n\n"
 
 
 def recipes(how: Reading) -> list[Recipe]:
     """Make each dialogue of the file a document; `separator` is also the file's delimiter."""
+    if not str(how.place):
+        raise Unavailable("no primer file was given")
     path = Path(os.path.abspath(how.place))
     if not path.is_file():
         raise Unavailable(f"no primer file at {path}")
 
-    def split() -> tuple[str, str]:
-        return split_primer_dialogues(
-            load_primer_text(path),
-            val_frac=how.val_frac,
-            seed=how.seed,
-            delimiter=how.separator,
+    def build() -> Made:
+        train, val = split_primer_dialogues(
+            load_primer_text(path), val_frac=how.val_frac, seed=how.seed, delimiter=how.separator
         )
-
-    def build() -> tuple[bytes, bytes]:
-        train, val = split()
-        return to_bytes(train), to_bytes(val)
-
-    def documents() -> tuple[int, int]:
-        train, val = (side.count(how.separator) + 1 for side in split())
-        return train, val
+        counts = (train.count(how.separator) + 1, val.count(how.separator) + bool(val))
+        return Made(to_bytes(train), to_bytes(val), counts)
 
     inputs = {
+        "builder": BUILDER,
         "path": str(path),
         "files": stamps([path]),
         "delimiter": how.separator,
         "seed": how.seed,
         "val_frac": how.val_frac,
     }
-    return [Recipe("primer", str(path), inputs, build, documents)]
+    return [Recipe("primer", str(path), inputs, build)]
 
 
 def load_primer_text(path: str | Path) -> str:
@@ -58,6 +53,6 @@ def split_primer_dialogues(
     """
     blocks = [block for part in text.split(delimiter) if (block := part.strip())]
     train, val = split_by_key(
-        blocks, lambda block: block.encode(errors="replace"), val_frac=val_frac, seed=seed
+        blocks, to_bytes, val_frac=val_frac, seed=seed, size=lambda block: len(to_bytes(block))
     )
     return delimiter.join(train), delimiter.join(val)

@@ -5,6 +5,8 @@ both read by parsing files: nothing is imported or run.
 """
 
 import ast
+import contextlib
+import hashlib
 import os
 import platform
 import sysconfig
@@ -14,6 +16,7 @@ from pathlib import Path
 
 from niels_gpt.data.split import split_by_key
 
+TOPICS = Path("pydoc_data", "topics.py")
 VAL_FRAC = 0.05
 _SPLIT_SEED = 0  # the text and its split depend on the Python, not on the run
 # Not the library's own text, hardly any prose, or not in every build of one version.
@@ -28,6 +31,17 @@ def python_docs_origin() -> str:
     return f"Python {platform.python_version()} documentation"
 
 
+def python_docs_digest(stdlib: str | Path | None = None) -> str:
+    """Return the SHA-256 of the files that the text is made of; some versions come in variants."""
+    root = _root(stdlib)
+    whole = hashlib.sha256()
+    for path in sorted([root / TOPICS, *_modules(root)]):
+        with contextlib.suppress(OSError):
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            whole.update(f"{path.relative_to(root)} {content}\n".encode(errors="replace"))
+    return whole.hexdigest()
+
+
 def load_python_docs(stdlib: str | Path | None = None) -> dict[str, list[str]]:
     """Collect the documentation of the running Python as {"train": docs, "val": docs}.
 
@@ -35,7 +49,7 @@ def load_python_docs(stdlib: str | Path | None = None) -> dict[str, list[str]]:
     and split by name. `stdlib` is the folder of the standard library; files in it that cannot be
     read or parsed are skipped.
     """
-    root = Path(stdlib or sysconfig.get_path("stdlib"))
+    root = _root(stdlib)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in the library's strings
         docs = {**_topics(root), **_module_docs(root)}
@@ -48,9 +62,13 @@ def load_python_docs(stdlib: str | Path | None = None) -> dict[str, list[str]]:
     return {"train": [docs[name] for name in train], "val": [docs[name] for name in val]}
 
 
+def _root(stdlib: str | Path | None) -> Path:
+    return Path(stdlib or sysconfig.get_path("stdlib"))
+
+
 def _topics(root: Path) -> dict[str, str]:
     """Read the dict literal that `pydoc_data/topics.py` assigns."""
-    body = getattr(_parse(root / "pydoc_data" / "topics.py"), "body", [])
+    body = getattr(_parse(root / TOPICS), "body", [])
     literals = [node.value for node in body if isinstance(node, ast.Assign | ast.AnnAssign)]
     tables = [ast.literal_eval(value) for value in literals if isinstance(value, ast.Dict)]
     return {f"topic {name}": str(text).strip() for table in tables for name, text in table.items()}
@@ -58,12 +76,16 @@ def _topics(root: Path) -> dict[str, str]:
 
 def _module_docs(root: Path) -> dict[str, str]:
     docs = {}
+    for path in _modules(root):
+        if text := "\n\n".join(_docstrings(_parse(path))):
+            docs[path.relative_to(root).as_posix()] = text
+    return docs
+
+
+def _modules(root: Path) -> Iterator[Path]:
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
-        for path in (Path(folder, name) for name in files if name.endswith(".py")):
-            if text := "\n\n".join(_docstrings(_parse(path))):
-                docs[path.relative_to(root).as_posix()] = text
-    return docs
+        yield from (Path(folder, name) for name in files if name.endswith(".py"))
 
 
 def _parse(path: Path) -> ast.Module:

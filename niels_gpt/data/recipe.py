@@ -1,10 +1,14 @@
 """Recipes, which readers of text return: they name their inputs and build two streams."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 Documents = dict[str, list[str]]  # split -> documents
+Stamp = dict[str, Any]  # of a file; see `stamp`
+
+TOLD = 3  # files named in one message
 
 
 class Reading(NamedTuple):
@@ -18,14 +22,34 @@ class Reading(NamedTuple):
     fallback: bool  # whether a fallback text is allowed
 
 
+class Remark(NamedTuple):
+    """A file or folder that is not read, or not read as it is, and why."""
+
+    path: str
+    reason: str
+
+
+class Made(NamedTuple):
+    """The two streams of a source, and what reading it showed."""
+
+    train: bytes
+    val: bytes
+    documents: tuple[int, int] | None = None  # their numbers in train and val
+    unread: Sequence[Remark] = ()  # files that could not be read
+    files: list[Stamp] | None = None  # that were read, if not all of the recipe's
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Return, for train and val, what is worth keeping with a cached stream; JSON-like."""
+        return [{"documents": n} for n in self.documents] if self.documents else [{}, {}]
+
+
 class Recipe(NamedTuple):
     """How to build the two streams of a source, and from exactly which inputs."""
 
     origin: str  # e.g. "notes" or "WikiText-103"
     place: str  # the folder or file it is read from, "" if there is none
     inputs: dict[str, Any]  # JSON-like; with `origin`: equal inputs, equal streams
-    build: Callable[[], tuple[bytes, bytes]]  # train and val
-    documents: Callable[[], tuple[int, int]] | None = None  # their numbers in train and val
+    build: Callable[[], Made | tuple[bytes, bytes]]  # a plain tuple: train and val
     messages: Sequence[str] = ()  # for the user
     remedy: str = ""  # what the user can do if it is unavailable
     spares: str = ""  # origin of a cached stream that this one must not replace
@@ -45,10 +69,30 @@ def join_documents(docs: Iterable[str], *, sep: str) -> bytes:
     return to_bytes(sep).join(map(to_bytes, docs))
 
 
-def stamps(files: Iterable[Path]) -> list[dict[str, Any]]:
-    """Return path, modification time and size of each file: equal stamps, equal contents."""
-    statuses = ((path, path.stat()) for path in files)
-    return [
-        {"path": str(path), "mtime_ns": status.st_mtime_ns, "size": status.st_size}
-        for path, status in statuses
-    ]
+def stamp(path: Path, status: os.stat_result) -> Stamp:
+    """Return what changes with a file: equal stamps, equal contents.
+
+    Tools that synchronise files restore the modification time, but not ctime and inode.
+    """
+    return {
+        "path": str(path),
+        "mtime_ns": status.st_mtime_ns,
+        "size": status.st_size,
+        "ctime_ns": status.st_ctime_ns,
+        "inode": status.st_ino,
+    }
+
+
+def stamps(files: Iterable[Path]) -> list[Stamp]:
+    """Return the stamp of each file."""
+    return [stamp(path, path.stat()) for path in files]
+
+
+def tell(what: str, remarks: Sequence[Remark]) -> list[str]:
+    """Return a message that names the first files and counts the rest; none for no remarks."""
+    if not remarks:
+        return []
+    named = "; ".join(f"{path}: {reason}" for path, reason in remarks[:TOLD])
+    more = len(remarks) - TOLD
+    rest = f"; and {more:,} more, see niels-gpt data info" if more > 0 else ""
+    return [f"{len(remarks):,} {what}: {named}{rest}"]

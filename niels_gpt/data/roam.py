@@ -1,17 +1,34 @@
 """Folders of markdown notes: Roam, Obsidian and Logseq exports, or any tree of `*.md` files."""
 
+import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from niels_gpt.data.recipe import Reading, Recipe, Unavailable, join_documents, stamps
+from niels_gpt.data.recipe import (
+    Made,
+    Reading,
+    Recipe,
+    Remark,
+    Unavailable,
+    join_documents,
+    stamp,
+    tell,
+    to_bytes,
+)
 from niels_gpt.data.split import split_by_key
 
 PathT = TypeVar("PathT", bound=str | Path)
 
+BUILDER = 2  # counts changes of the streams that are made of the same notes
+SUFFIXES = (".md", ".markdown")  # in any case
+TEXT_SUFFIXES = {  # of files that may well be notes, but in another format
+    ".adoc", ".asciidoc", ".htm", ".html", ".mdown", ".mdx", ".mkd", ".org", ".qmd", ".rmd", ".rst",
+    ".rtf", ".tex", ".text", ".textile", ".txt", ".wiki",
+}  # fmt: skip
 HIDDEN = "hidden"
 LOGSEQ_BACKUP = "Logseq's backups"
 _LOGSEQ_COPIES = ("bak", "version-files")  # older versions of pages; the second by its sync
@@ -25,37 +42,50 @@ class Skipped(NamedTuple):
     reason: str
 
 
+class Scan(NamedTuple):
+    """What there is in a folder, except in hidden folders, backups and links to folders."""
+
+    notes: dict[Path, os.stat_result]  # sorted, each file once
+    skipped: list[Skipped]
+    others: Counter[str]  # files that are no notes, by suffix
+
+
+class Note(NamedTuple):
+    """A note as it is read."""
+
+    path: Path
+    text: str
+
+
+class Notes(NamedTuple):
+    """The notes of a folder, split."""
+
+    train: list[Note]
+    val: list[Note]
+    unread: list[Remark]  # that could not be read, and so belong to neither
+
+
 def recipes(how: Reading) -> list[Recipe]:
     """Make each note below the folder a document."""
-    root = Path(os.path.abspath(how.place))
-    found, skipped = scan_notes(root)
-    if not found:
-        no_folder = "" if root.is_dir() else ", which is not a folder"
-        raise Unavailable(f"no notes (*.md) under {root}{no_folder}")
-    sides = split_roam_paths(found, val_frac=how.val_frac, seed=how.seed, root=root)
+    root, scan = _find(how)
+    inputs = {
+        "builder": BUILDER,
+        "root": str(root),
+        "files": [stamp(*found) for found in scan.notes.items()],
+        "sep": how.separator,
+        "seed": how.seed,
+        "val_frac": how.val_frac,
+    }
+    return [Recipe("notes", str(root), inputs, lambda: _build(root, scan, how), _messages(scan))]
 
-    def build() -> tuple[bytes, bytes]:
-        train, val = (join_documents(load_texts(side), sep=how.separator) for side in sides)
-        return train, val
 
-    lost = [s for s in skipped if s.reason not in SKIPPED_BY_DESIGN]
-    return [
-        Recipe(
-            origin="notes",
-            place=str(root),
-            inputs={
-                "files": stamps(found),
-                "sep": how.separator,
-                "seed": how.seed,
-                "val_frac": how.val_frac,
-            },
-            build=build,
-            documents=lambda: (len(sides[0]), len(sides[1])),
-            messages=[f"{len(lost)} left out, the first {lost[0].path}: {lost[0].reason}"]
-            if lost
-            else [],
-        )
-    ]
+def read_notes(how: Reading) -> Notes:
+    """Read and split the notes of a folder, without those that cannot be read.
+
+    Raises:
+        Unavailable: if there is none.
+    """
+    return _read(*_find(how), how)
 
 
 def list_roam_paths(root: str | Path) -> list[Path]:
@@ -67,34 +97,31 @@ def scan_notes(root: str | Path) -> tuple[list[Path], list[Skipped]]:
     """Find the notes below `root`, and what was left out, each sorted by path.
 
     Hidden files and folders (`.obsidian`, `.trash`), Logseq's `logseq/bak` and
-    `logseq/version-files`, links to folders (which may form loops), and anything but a readable
-    regular file are left out. Only names below `root` count: `root` itself may be hidden or a link.
+    `logseq/version-files`, links to folders (which may form loops), anything but a readable regular
+    file, and further names of one file are left out. Only names below `root` count: `root` itself
+    may be hidden or a link.
     """
-    top = Path(os.path.abspath(root))
-    paths: list[Path] = []
+    scan = scan_folder(root)
+    return list(scan.notes), scan.skipped
+
+
+def scan_folder(root: str | Path) -> Scan:
+    """Look through a folder; see `scan_notes`. Whatever cannot be looked at is skipped."""
+    found: dict[Path, os.stat_result] = {}
     skipped: list[Skipped] = []
-
-    def note_error(error: OSError) -> None:
-        skipped.append(Skipped(Path(error.filename), error.strerror or str(error)))
-
-    for folder, subfolders, files in os.walk(top, onerror=note_error):
-        here = Path(folder)
-        reasons = {name: _why_not_folder(here / name) for name in subfolders}
-        subfolders[:] = [name for name in subfolders if not reasons[name]]
-        reasons |= {name: _why_not_note(here / name) for name in files if name.endswith(".md")}
-        paths += [here / name for name in files if reasons.get(name) == ""]
-        skipped += [Skipped(here / name, reason) for name, reason in reasons.items() if reason]
-    return sorted(paths), sorted(skipped)
+    others: Counter[str] = Counter()
+    for path in _walk(Path(os.path.abspath(root)), skipped):
+        if not is_note(path):
+            others.update([] if path.name.startswith(".") else [path.suffix.lower() or "no suffix"])
+        elif reason := _why_not_note(path, found):
+            skipped.append(Skipped(path, reason))
+    notes, copies = _once(found)
+    return Scan(notes, sorted(skipped + copies), others)
 
 
-def other_files(root: str | Path) -> Counter[str]:
-    """Count by suffix the other files among the notes, except hidden ones."""
-    counts: Counter[str] = Counter()
-    for folder, subfolders, files in os.walk(os.path.abspath(root)):
-        subfolders[:] = [name for name in subfolders if not _why_not_folder(Path(folder, name))]
-        others = (name for name in files if not name.endswith(".md") and name[0] != ".")
-        counts.update(Path(name).suffix or "no suffix" for name in others)
-    return counts
+def is_note(path: str | Path) -> bool:
+    """Tell a note by its suffix."""
+    return Path(path).suffix.lower() in SUFFIXES
 
 
 def load_texts(paths: Iterable[str | Path]) -> list[str]:
@@ -108,22 +135,81 @@ def split_roam_paths(
     val_frac: float = 0.1,
     seed: int,
     root: str | Path | None = None,
+    sizes: Mapping[PathT, int] | None = None,
 ) -> tuple[list[PathT], list[PathT]]:
     """Split notes into (train, val) by their path relative to `root` (default: common parent).
 
     Both lists keep the given order; a path given twice counts once. See `split_by_key`.
+
+    Args:
+        sizes: bytes of each note, by default those of its file, 0 if there is none.
     """
     unique = list(dict.fromkeys(paths))
     if not unique:
         return [], []
     top = root if root is not None else _common_parent(unique)
+    size: Callable[[PathT], int] = _file_size if sizes is None else sizes.__getitem__
     return split_by_key(
-        unique, lambda path: os.fsencode(os.path.relpath(path, top)), val_frac=val_frac, seed=seed
+        unique,
+        lambda path: os.fsencode(os.path.relpath(path, top)),
+        val_frac=val_frac,
+        seed=seed,
+        size=size,
     )
 
 
-def _common_parent(paths: Iterable[str | Path]) -> str:
-    return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+# --- finding notes -----------------------------------------------------------------------------
+
+
+def _find(how: Reading) -> tuple[Path, Scan]:
+    if not str(how.place):
+        raise Unavailable("no folder of notes was given")
+    root = Path(os.path.abspath(how.place))
+    scan = scan_folder(root)
+    if not scan.notes:
+        raise Unavailable(_why_no_notes(root, scan))
+    return root, scan
+
+
+def _why_no_notes(root: Path, scan: Scan) -> str:
+    reasons = dict(scan.skipped)
+    absent = (os.strerror(errno.ENOENT), os.strerror(errno.ENOTDIR))
+    if root in reasons and reasons[root] not in absent:
+        return f"{root} cannot be read: {reasons[root]}"
+    if root in reasons:
+        return f"no notes (*.md) under {root}, which is not a folder"
+    return "; ".join([f"no notes (*.md) under {root}", *_messages(scan)])
+
+
+def _messages(scan: Scan) -> list[str]:
+    """Say what a user may miss among the notes."""
+    lost = [Remark(str(path), why) for path, why in scan.skipped if why not in SKIPPED_BY_DESIGN]
+    texts = Counter({s: n for s, n in scan.others.items() if s in TEXT_SUFFIXES})
+    return [*tell("left out", lost), *tell_suffixes("text", texts)]
+
+
+def tell_suffixes(kind: str, counts: Counter[str]) -> list[str]:
+    """Return a message with the number of files of each suffix; none if there are no files."""
+    if not counts:
+        return []
+    suffixes = ", ".join(f"{n:,} {suffix}" for suffix, n in counts.most_common(8))
+    total = counts.total()
+    verb = "file is" if total == 1 else "files are"
+    return [f"{total:,} {kind} {verb} not read ({suffixes}): notes are *.md and *.markdown"]
+
+
+def _walk(top: Path, skipped: list[Skipped]) -> Iterator[Path]:
+    """Yield the files below a folder; add folders that are left out to `skipped`."""
+
+    def note_error(error: OSError) -> None:
+        skipped.append(Skipped(Path(error.filename), error.strerror or str(error)))
+
+    for folder, subfolders, files in os.walk(top, onerror=note_error):
+        here = Path(folder)
+        reasons = {name: _why_not_folder(here / name) for name in subfolders}
+        subfolders[:] = [name for name in subfolders if not reasons[name]]
+        skipped += [Skipped(here / name, reason) for name, reason in reasons.items() if reason]
+        yield from (here / name for name in files)
 
 
 def _why_not_folder(folder: Path) -> str:
@@ -131,16 +217,90 @@ def _why_not_folder(folder: Path) -> str:
         return HIDDEN
     if folder.name in _LOGSEQ_COPIES and folder.parent.name == "logseq":
         return LOGSEQ_BACKUP
-    return "link to a folder" if folder.is_symlink() else ""
+    return "link to a folder" if os.path.islink(folder) else ""
 
 
-def _why_not_note(path: Path) -> str:
+def _why_not_note(path: Path, found: dict[Path, os.stat_result]) -> str:
+    """Add a note to `found`, or return why it is none."""
     if path.name.startswith("."):
         return HIDDEN
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return "not a regular file"
+        if not os.access(path, os.R_OK):
+            path.open("rb").close()  # for the reason
     except OSError as error:
         return error.strerror or str(error)
-    if not stat.S_ISREG(mode):
-        return "not a regular file"
-    return "" if os.access(path, os.R_OK) else "no permission to read it"
+    found[path] = status
+    return ""
+
+
+def _once(
+    found: Mapping[Path, os.stat_result],
+) -> tuple[dict[Path, os.stat_result], list[Skipped]]:
+    """Keep one name of each file, of a linked one the name that is not a link."""
+    first: dict[tuple[int, int], Path] = {}
+    links = {path for path in found if os.path.islink(path)}
+    copies = []
+    for path in sorted(found, key=lambda path: (path in links, path)):
+        status = found[path]
+        other = first.setdefault((status.st_dev, status.st_ino), path)
+        # Some file systems have no inodes; there only a link can be a second name.
+        if other != path and (path in links or status.st_nlink > 1):
+            copies.append(Skipped(path, f"the same file as {other}"))
+    left_out = {copy.path for copy in copies}
+    return {path: found[path] for path in sorted(found) if path not in left_out}, copies
+
+
+# --- reading them ------------------------------------------------------------------------------
+
+
+def _read(root: Path, scan: Scan, how: Reading) -> Notes:
+    notes, unread = [], []
+    for path in scan.notes:
+        try:
+            notes.append(Note(path, *load_texts([path])))
+        except OSError as error:
+            unread.append(Remark(str(path), error.strerror or str(error)))
+    if not notes:
+        why = tell("left out", unread)[0]
+        raise Unavailable(f"no notes (*.md) under {root} can be read; {why}")
+    _, val = split_roam_paths(
+        [note.path for note in notes],
+        val_frac=how.val_frac,
+        seed=how.seed,
+        root=root,
+        sizes={path: len(to_bytes(text)) for path, text in notes},
+    )
+    chosen = set(val)
+    return Notes(
+        [note for note in notes if note.path not in chosen],
+        [note for note in notes if note.path in chosen],
+        unread,
+    )
+
+
+def _build(root: Path, scan: Scan, how: Reading) -> Made:
+    notes = _read(root, scan, how)
+    sides = notes.train, notes.val
+    train, val = (join_documents((note.text for note in s), sep=how.separator) for s in sides)
+    lost = {remark.path for remark in notes.unread}
+    return Made(
+        train,
+        val,
+        documents=(len(notes.train), len(notes.val)),
+        unread=notes.unread,
+        files=[stamp(*found) for found in scan.notes.items() if str(found[0]) not in lost],
+    )
+
+
+def _file_size(path: str | Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def _common_parent(paths: Iterable[str | Path]) -> str:
+    return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])

@@ -1,6 +1,8 @@
 """The table of sources: each source of text is one entry here and a reader in this folder."""
 
-from collections.abc import Callable, Sequence
+import os
+import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,20 +15,27 @@ class Source(NamedTuple):
 
     metavar: str  # of the option
     help: str
-    recipes: Callable[[Reading], Sequence[Recipe]]  # the first available one is used
+    recipes: Callable[[Reading], Iterable[Recipe]]  # the first available one is used
     must_be: str = ""  # a named place must be a "folder" or "file"; "": the reader checks
 
 
 SOURCES = {
-    "wiki": Source("DIR", "Folder with train.txt and val.txt.", wiki.recipes),
+    "wiki": Source("DIR", "Folder with train.txt and val.txt.", wiki.recipes, must_be="folder"),
     "roam": Source("DIR", "Folder of markdown notes.", roam.recipes, must_be="folder"),
     "primer": Source("FILE", "Chat primer.", primer.recipes, must_be="file"),
 }
 
 
 def check_place(name: str, place: str | Path) -> None:
-    """Raise FileNotFoundError if the place that the user named for a source does not exist."""
-    exists = {"folder": Path.is_dir, "file": Path.is_file}
-    kind = SOURCES[name].must_be
-    if kind and not exists[kind](Path(place)):
-        raise FileNotFoundError(f"--{name} {place}: no such {kind}")
+    """Raise OSError if the place that the user named for a source is absent or of another kind."""
+    source = SOURCES[name]
+    if not source.must_be:
+        return
+    try:
+        mode = os.stat(place).st_mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--{name} {place}: no such {source.must_be}") from None
+    kind = "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "special file"
+    if kind != source.must_be:
+        wanted = source.help[0].lower() + source.help[1:].rstrip(".")
+        raise OSError(f"--{name} {place}: this is a {kind}; it must be a {wanted}")

@@ -1,11 +1,11 @@
 """The wiki text: from a folder, else WikiText-103, else the fallback text."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from niels_gpt import paths
-from niels_gpt.data.python_docs import load_python_docs, python_docs_origin
+from niels_gpt.data.python_docs import load_python_docs, python_docs_digest, python_docs_origin
 from niels_gpt.data.recipe import (
     Documents,
     Reading,
@@ -19,15 +19,18 @@ FILE_NAMES = (("train.txt", "val.txt"), ("wiki.train.raw", "wiki.valid.raw"))
 WIKITEXT = "WikiText-103"
 
 
-def recipes(how: Reading) -> list[Recipe]:
-    """Return the recipe of the folder (default `data/wiki/`), else of WikiText and the fallback."""
+def recipes(how: Reading) -> Iterator[Recipe]:
+    """Yield the recipe of the folder (default `data/wiki/`), else of WikiText and the fallback."""
     default = paths.REPO_ROOT / "data" / "wiki"
     folder = how.place or (default if default.is_dir() else None)
     if folder is not None:
-        return [_folder_recipe(Path(os.path.abspath(folder)))]
-    fallback = _docs_recipe(python_docs_origin(), how.separator, load_python_docs)
-    fallbacks = [fallback._replace(spares=WIKITEXT)] if how.fallback else []
-    return [wikitext_recipe(how), *fallbacks]
+        yield _folder_recipe(Path(os.path.abspath(folder)))
+        return
+    yield wikitext_recipe(how)
+    if how.fallback:
+        recipe = _docs_recipe(python_docs_origin(), how.separator, load_python_docs)
+        inputs = {**recipe.inputs, "content": python_docs_digest()}
+        yield recipe._replace(inputs=inputs, spares=WIKITEXT)
 
 
 def wikitext_recipe(how: Reading) -> Recipe:
@@ -47,6 +50,8 @@ def wikitext_recipe(how: Reading) -> Recipe:
 
 def _folder_recipe(folder: Path) -> Recipe:
     """Use the raw bytes of the files; each split is one document."""
+    if folder.is_file():
+        raise Unavailable(f"{folder} is a file, not a folder with train.txt and val.txt")
     for names in FILE_NAMES:
         train, val = (folder / name for name in names)
         if train.is_file() and val.is_file():

@@ -141,10 +141,11 @@ def test_no_utf8_file_is_said_to_be_altered(tmp_path, text):
 
 
 def test_info_goes_on_where_a_source_cannot_be_used(niels, root, texts, tmp_path):
-    found = info(niels, "--wiki", tmp_path / "absent", "--roam", texts / "notes")
+    (root / "data/wiki").mkdir(parents=True)
+    found = info(niels, "--roam", texts / "notes")
     assert "must have train.txt" in found["wiki"]["problem"]
     assert found["roam"]["problem"] is None
-    text = niels("data", "info", "--wiki", tmp_path / "absent").stdout
+    text = niels("data", "info").stdout
     assert "wiki    not available: " in text
     assert (
         f"roam    not available: no notes (*.md) under {paths.ROAM_DIR}, which is not a folder"
@@ -161,7 +162,10 @@ def test_text_of_another_suffix_is_not_passed_over_in_silence(niels, where, tmp_
     if with_note:
         (notes / "c.md").write_text("text\n" * 100)
     lines = niels("data", "info", *where[:2], "--roam", notes).stdout.splitlines()
-    assert "  note: roam: only *.md is read, not 2 .org, 1 .png" in lines
+    notes = "notes are *.md and *.markdown"
+    assert f"  note: roam: 1 other file is not read (1 .png): {notes}" in lines
+    texts = [line for line in lines if f"2 text files are not read (2 .org): {notes}" in line]
+    assert len(texts) == 1
 
 
 def test_info_fetches_nothing(niels, root, monkeypatch):

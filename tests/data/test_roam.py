@@ -22,8 +22,17 @@ def write(root: Path, name: str, text: str = "note") -> Path:
 
 def test_notes_are_found_at_any_depth_sorted_and_absolute(tmp_path, monkeypatch):
     deep = "/".join("12345678") + "/deep.md"
-    names = ["b.md", "a/z.md", "📚 books/ü.md", "a b/c.md", deep]
-    for name in [*names, "a/readme.txt", "upper.MD", "md"]:
+    names = [
+        "b.md",
+        "a/z.md",
+        "📚 books/ü.md",
+        "a b/c.md",
+        "upper.MD",
+        "long.markdown",
+        "L.MarkDown",
+    ]
+    names.append(deep)
+    for name in [*names, "a/readme.txt", "md", "a/markdown", "a.md.txt"]:
         write(tmp_path / "vault", name)
     (tmp_path / "vault/folder.md").mkdir()
     expected = sorted(tmp_path / "vault" / name for name in names)
@@ -59,6 +68,55 @@ def test_what_is_left_out_is_listed_with_its_reason(tmp_path):
         "pipe.md": "not a regular file",
     }
     assert skipped == sorted(skipped)
+
+
+def test_a_note_with_several_names_counts_once(tmp_path):
+    root = tmp_path / "vault"
+    for name in ("a.md", "z.md", "b/linked.md", "q.md"):
+        write(root, name, name)
+    write(tmp_path, "elsewhere.md")
+    (root / "0 link.md").symlink_to(root / "b/linked.md")
+    (root / "1 link.md").symlink_to("0 link.md")
+    (root / "out.md").symlink_to(tmp_path / "elsewhere.md")
+    (root / "out again.md").symlink_to(tmp_path / "elsewhere.md")
+    (root / "zz.md").hardlink_to(root / "z.md")
+    paths, skipped = scan_notes(root)
+    assert [str(p.relative_to(root)) for p in paths] == [
+        *("a.md", "b/linked.md", "out again.md", "q.md", "z.md")
+    ]
+    assert {s.path.name: s.reason for s in skipped} == {
+        "0 link.md": f"the same file as {root / 'b/linked.md'}",
+        "1 link.md": f"the same file as {root / 'b/linked.md'}",
+        "out.md": f"the same file as {root / 'out again.md'}",
+        "zz.md": f"the same file as {root / 'z.md'}",
+    }
+
+
+def test_files_without_inodes_are_not_taken_for_one(tmp_path, monkeypatch):
+    """Some network folders give every file the same number."""
+    for name in ("a.md", "b.md"):
+        write(tmp_path, name, name)
+    status = (tmp_path / "a.md").stat()
+    monkeypatch.setattr(Path, "stat", lambda path, **more: status)
+    assert len(list_roam_paths(tmp_path)) == 2
+
+
+def test_a_path_that_is_too_long_costs_only_the_notes_behind_it(tmp_path):
+    write(tmp_path, "a.md")
+    here = os.open(tmp_path, os.O_RDONLY)
+    try:
+        for _ in range(20):
+            os.mkdir("d" * 250, dir_fd=here)
+            inner = os.open("d" * 250, os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = inner
+            os.close(os.open("deep.md", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+            os.mkdir(".hidden", dir_fd=here)
+        paths, skipped = scan_notes(tmp_path)
+    finally:
+        os.close(here)
+    assert tmp_path / "a.md" in paths
+    assert {s.reason for s in skipped} == {"hidden", "File name too long"}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -157,6 +215,55 @@ def test_adding_or_renaming_one_note_moves_at_most_one_other(names, val_frac, se
     renamed = [p for p in paths if p != old] + ["/vault/new.md"]
     after = set(split_roam_paths(renamed, **options)[1])
     assert len((before ^ after) - {old, "/vault/new.md"}) <= 1
+
+
+# --- the split by bytes --------------------------------------------------------------------------
+
+
+def test_a_journal_beside_a_list_is_what_is_trained_on(tmp_path):
+    journal = write(tmp_path, "journal.md", "j" * 96_000)
+    shopping = write(tmp_path, "list.md", "l" * 200)
+    for seed in range(20):
+        assert split_roam_paths([journal, shopping], seed=seed) == ([journal], [shopping])
+
+
+sizes_of_notes = st.lists(st.integers(0, 10**6), min_size=2, max_size=40)
+
+
+@given(sizes_of_notes, st.floats(0.01, 0.9), seeds)
+def test_no_note_above_twice_the_share_is_in_val_while_enough_are_below(sizes, val_frac, seed):
+    table = {f"/vault/{i}.md": size for i, size in enumerate(sizes)}
+    train, val = split_roam_paths(list(table), val_frac=val_frac, seed=seed, sizes=table)
+    assert len(val) == max(1, int(len(table) * val_frac))
+    assert sorted(train + val) == sorted(table)
+    limit = 2 * val_frac * sum(sizes)
+    if sum(size <= limit for size in sizes) >= len(val):
+        assert all(table[path] <= limit for path in val)
+
+
+@given(names, fractions, seeds, st.integers(1, 10**6), st.data())
+def test_notes_of_like_size_are_split_by_rank_alone(names, val_frac, seed, size, data):
+    paths = under("/vault", names)
+    near = {path: data.draw(st.integers(size, 2 * size - 1)) for path in paths} if val_frac else {}
+    like = dict.fromkeys(paths, size)
+    by_rank = split_roam_paths(paths, val_frac=val_frac, seed=seed)
+    assert split_roam_paths(paths, val_frac=val_frac, seed=seed, sizes=like) == by_rank
+    if val_frac >= 0.5 or len(paths) * val_frac < 1:
+        return
+    if near and max(near.values()) <= 2 * val_frac * sum(near.values()):
+        assert split_roam_paths(paths, val_frac=val_frac, seed=seed, sizes=near) == by_rank
+
+
+@given(sizes_of_notes.filter(lambda sizes: len(sizes) >= 12), seeds, st.integers(0, 10**6))
+def test_a_new_note_moves_few_others_whatever_their_sizes(sizes, seed, new):
+    table = {f"/vault/{i}.md": size for i, size in enumerate(sizes)}
+    more = {**table, "/vault/new.md": new}
+    options = {"seed": seed, "root": "/vault"}
+    before = set(split_roam_paths(list(table), sizes=table, **options)[1])
+    after = set(split_roam_paths(list(more), sizes=more, **options)[1])
+    large = [path for path, size in table.items() if size > 0.2 * sum(sizes)]
+    still = [path for path, size in table.items() if size > 0.2 * sum(more.values())]
+    assert len((before ^ after) - {"/vault/new.md"}) <= 2 + 2 * len(set(large) ^ set(still))
 
 
 def test_the_default_root_is_the_common_parent():
