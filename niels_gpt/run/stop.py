@@ -1,18 +1,23 @@
 """Ctrl-C, SIGTERM and SIGHUP as an exception raised only where it is safe.
 
 The first signal is recorded, and raised as `Stopped` by the next `check()`, or at once inside
-`immediately()`. A second one ends the process immediately; files are complete at every moment, so
-nothing that was saved is lost.
+`immediately()`. Further signals change nothing, because they need not be anyone's wish: closing a
+terminal sends SIGHUP twice within a millisecond, from the shell and from the kernel. Only a person
+who presses Ctrl-C again, `PATIENCE` seconds after the first signal or later, ends the process at
+once; files are complete at every moment, so nothing that was saved is lost.
 """
 
+import atexit
 import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PATIENCE = 1.0  # seconds
 
 
 class Stopped(BaseException):
@@ -29,6 +34,7 @@ class Stop:
 
     def __init__(self) -> None:
         self._signum: int | None = None
+        self._since = 0.0  # when the first signal arrived
         self._immediate = False
 
     @contextlib.contextmanager
@@ -46,6 +52,8 @@ class Stop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            if self._signum is not None:
+                atexit.register(_ignore_signals)  # the process ends as the first signal has it
 
     def check(self) -> None:
         """Raise `Stopped` if a signal has arrived."""
@@ -54,17 +62,31 @@ class Stop:
 
     @contextlib.contextmanager
     def immediately(self) -> Iterator[None]:
-        """Let a signal raise `Stopped` at any point inside; the code inside must tolerate that."""
+        """Let a signal raise `Stopped` at any point inside; the code inside must tolerate that.
+
+        `Stopped` is raised at the end where the code inside swallows it, or turns it into an error.
+        """
         self._immediate = True
         try:
             self.check()
             yield
+        except Exception:
+            self.check()
+            raise
         finally:
             self._immediate = False
+        self.check()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None:
-            os._exit(128 + signum)
-        self._signum = signum
+            if signum == signal.SIGINT and time.monotonic() - self._since > PATIENCE:
+                os._exit(128 + signum)
+            return
+        self._since, self._signum = time.monotonic(), signum
         if self._immediate:
             raise Stopped(signum)
+
+
+def _ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -2,13 +2,16 @@
 
 `python -m tests.reliability.signalled PHASE NTH SIGNALS train ARGS...`: when the function of PHASE
 is entered for the NTH time, each of the comma-separated signals is sent to the process, from
-within; everything else is the command as it is.
+within, 0 being a pause of 1.1 seconds; everything else is the command as it is.
 """
 
 import functools
 import importlib
 import os
 import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import niels_gpt.data.cache  # noqa: F401  # has the writer as it is: the text's cache is no save
 
@@ -21,23 +24,32 @@ PHASES = {
 }
 
 
-def send_on_call(target: str, nth: int, signals: list[int]) -> None:
-    """Replace the function at `target` by itself, preceded by the signals on its nth call."""
-    module_name, _, name = target.rpartition(".")
-    module = importlib.import_module(module_name)
-    function = getattr(module, name)
+def signalling(
+    function: Callable[..., Any], nth: int, signals: Sequence[int]
+) -> Callable[..., Any]:
+    """Return a function, preceded by the signals on its nth call."""
     calls = 0
 
     @functools.wraps(function)
-    def signalling(*args, **kwargs):
+    def wrapper(*args, **kwargs):
         nonlocal calls
         calls += 1
         if calls == nth:
             for number in signals:
-                os.kill(os.getpid(), number)
+                if number:
+                    os.kill(os.getpid(), number)
+                else:
+                    time.sleep(1.1)
         return function(*args, **kwargs)
 
-    setattr(module, name, signalling)
+    return wrapper
+
+
+def send_on_call(target: str, nth: int, signals: Sequence[int]) -> None:
+    """Replace the function at `target` by itself, preceded by the signals on its nth call."""
+    module_name, _, name = target.rpartition(".")
+    module = importlib.import_module(module_name)
+    setattr(module, name, signalling(getattr(module, name), nth, signals))
 
 
 if __name__ == "__main__":

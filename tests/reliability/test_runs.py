@@ -14,6 +14,7 @@ from niels_gpt.checkpoint import load_checkpoint
 from niels_gpt.run.metrics import CLOCK_FIELDS
 from tests import ROOT
 from tests.reliability.campaign import tries
+from tests.reliability.signalled import PHASES
 
 CONFIG = {
     "model": {"T": 16, "C": 8, "L": 1, "H": 2, "d_ff": 8, "dropout": 0.1},
@@ -129,6 +130,14 @@ def test_several_threads_end_in_the_same_bits(runner, tmp_path, how):
     assert whole == resumed
 
 
+MIXES = [
+    (signal.SIGHUP, signal.SIGHUP),
+    (signal.SIGHUP, signal.SIGTERM, signal.SIGINT),
+    (signal.SIGINT, signal.SIGINT, signal.SIGHUP),
+    (signal.SIGTERM, 0, signal.SIGTERM, signal.SIGHUP),  # 0: after a pause
+]
+
+
 def campaign(*phases):
     return [pytest.param(*phase, marks=pytest.mark.reliability) for phase in phases]
 
@@ -164,10 +173,31 @@ def test_a_signal_while_the_text_is_loaded_ends_at_once(runner, tmp_path):
     assert not any((tmp_path / "out").glob("*.pt"))
 
 
-def test_a_second_signal_ends_at_once_and_leaves_whole_files(runner, whole, tmp_path):
+@pytest.mark.parametrize(
+    ("phase", "mix"),
+    [
+        ("save", (signal.SIGHUP, signal.SIGHUP)),
+        *campaign(*((phase, mix) for phase in PHASES if phase != "loading" for mix in MIXES)),
+    ],
+)
+def test_signals_that_no_person_repeats_save_and_the_resume_is_exact(
+    runner, whole, tmp_path, phase, mix
+):
     folder = tmp_path / "out"
-    code, told = runner.finish_signalled(folder, "save", 3, signal.SIGTERM, signal.SIGTERM)
-    assert code == 143, told
+    code, told = runner.finish_signalled(folder, phase, 3, *mix)
+    assert code == 128 + mix[0], told
+    assert f"stopped by {signal.Signals(mix[0]).name}; last good checkpoint" in told
+    load_checkpoint(folder / "latest.pt", device="cpu")
+    code, told = runner.finish(folder)
+    assert code == 0, told
+    assert left(folder) == whole
+
+
+def test_a_second_ctrl_c_ends_at_once_and_leaves_whole_files(runner, whole, tmp_path):
+    folder, pause = tmp_path / "out", 0
+    code, told = runner.finish_signalled(folder, "save", 3, signal.SIGTERM, pause, signal.SIGINT)
+    assert code == 130, told
+    assert "stopped by" not in told
     for file in folder.glob("*.pt"):
         load_checkpoint(file, device="cpu")
     code, told = runner.finish(folder)
