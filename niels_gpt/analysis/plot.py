@@ -64,7 +64,7 @@ def read_curves(path: Path, x: str = "steps", label: str | None = None) -> Curve
         FileNotFoundError: if there is none.
         ValueError: if it has no records, or they lack the field for `x`.
     """
-    file = path / METRICS if path.is_dir() else path
+    file = metrics_file(path)
     if not file.is_file():
         raise FileNotFoundError(
             f"{file}: no such file; a training run writes it beside its checkpoints"
@@ -73,6 +73,11 @@ def read_curves(path: Path, x: str = "steps", label: str | None = None) -> Curve
     if not records:
         raise ValueError(f"{file}: has no records of a training run")
     return curves(records, x, label or run_name(file), where=str(file))
+
+
+def metrics_file(path: Path) -> Path:
+    """Return the log of the run in a folder, or the file that is given itself."""
+    return path / METRICS if path.is_dir() else path
 
 
 def curves(records: Iterable[Record], x: str, label: str, *, where: str = "the log") -> Curves:

@@ -26,7 +26,7 @@ from niels_gpt.model.gpt import without_storage
 from niels_gpt.optim.clip import clip_by_global_norm
 from niels_gpt.optim.trees import Tree, map_tensors
 from niels_gpt.run.compile import compile_step
-from niels_gpt.run.metrics import Record, read_metrics
+from niels_gpt.run.metrics import Record, damage_in, read_metrics
 from niels_gpt.run.plan import data_changes, describe_environment, environment_changes
 from niels_gpt.state import TrainState, make_state
 from niels_gpt.step import StepFunction, dropout_of_step, train_step
@@ -202,12 +202,10 @@ def replay_files(
         for step, path in periodic_files(folder).items()
         if state.step < step < last.step
     }
-    logged = {
-        record["step"]: record
-        for record in read_metrics(end.with_name(METRICS))
-        if record.get("kind") == "train"
-    }
+    metrics = end.with_name(METRICS)
+    logged = {r["step"]: r for r in read_metrics(metrics) if r["kind"] == "train"}
     corpus, messages = open_corpus_of(last, sources)
+    messages += damage_in(metrics)
     verdict = replay(state, last, corpus, between, logged, on_step=on_step)
     return verdict._replace(notes=messages + verdict.notes)
 

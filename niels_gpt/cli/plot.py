@@ -8,6 +8,7 @@ from niels_gpt import paths
 from niels_gpt.analysis import plot
 from niels_gpt.cli.shared.options import HELP, PATH, json_option, refuse_without_effect
 from niels_gpt.cli.shared.output import console, exit_on_failure, to_json
+from niels_gpt.run.metrics import damage_in
 
 
 @click.command(
@@ -47,6 +48,7 @@ def main(
         plot.check_paths(out)
         given = list(runs) or [paths.CHECKPOINT_DIR]
         found = [plot.read_curves(path, x) for path in given]
+        console.tell(*(line for path in given for line in damage_in(plot.metrics_file(path))))
         labels = plot.distinct_labels([run.label for run in found])
         found = [run._replace(label=label) for run, label in zip(found, labels, strict=True)]
         if as_json:

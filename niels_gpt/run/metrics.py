@@ -6,13 +6,18 @@ many steps with the run's B and T). Only `seconds` (training time, across resume
 machine.
 """
 
+import codecs
 import json
+import os
 from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from niels_gpt.files import durable
 from niels_gpt.files.strict_json import parse_json
+
+SHOWN = 5  # numbers of damaged lines in a message
 
 CLOCK_FIELDS = ("seconds", "bytes_per_s")
 
@@ -20,22 +25,45 @@ Record = dict[str, Any]
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Return the records of a file up to the first invalid line; [] if there is no file."""
-    records: list[Record] = []
+    """Return the records of a file; [] if there is no file. See `damage_in` for what is skipped."""
+    return [record for record in _lines(path).values() if record is not None]
+
+
+def damage_in(path: Path) -> list[str]:
+    """Return a message if a file has lines that are not records.
+
+    Blank lines are not named, nor is a last line that a power failure cut off.
+    """
+    damaged = [number for number, record in _lines(path).items() if record is None]
+    if not damaged:
+        return []
+    named = ", ".join(map(str, damaged[:SHOWN]))
+    more = f" and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
+    lines = "lines" if damaged[1:] else "line"
+    return [f"{path}: skipped what is not a record, in {lines} {named}{more}"]
+
+
+def _lines(path: Path) -> dict[int, Record | None]:
+    """Return what each line of a file holds, by its number from 1; None if that is not a record."""
     try:
-        lines = path.read_bytes().splitlines()
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except FileNotFoundError:
-        return records
-    for line in lines:
-        try:
-            record = parse_json(line.decode())
-            to_lines([record])
-        except ValueError:  # cut off by a power failure, or a number that is not finite
-            break
-        if not _is_record(record):
-            break
-        records.append(record)
-    return records
+        return {}
+    lines = dict(enumerate(data.splitlines(), 1))
+    found = {number: _record_in(line) for number, line in lines.items() if line.strip()}
+    if not data.endswith((b"\n", b"\r")) and found.get(len(lines), 0) is None:
+        del found[len(lines)]
+    return found
+
+
+def _record_in(line: bytes) -> Record | None:
+    """Return the record in a line; None if it is not one, or has a number that is not finite."""
+    try:
+        record = parse_json(line.decode())
+        to_lines([record])
+    except ValueError:
+        return None
+    return record if _is_record(record) else None
 
 
 def _is_record(value: object) -> bool:
@@ -77,11 +105,13 @@ class MetricsFile:
         if self._claimed:
             self._append()
 
-    def claim(self) -> None:
-        """Replace the file by the records so far."""
+    def claim(self) -> Path | None:
+        """Replace the file by the records so far; return where the old one is kept if damaged."""
+        kept = _keep_damaged(self.path)
         durable.write_durably([self.path], self._pending)
         self._pending = b""
         self._claimed = True
+        return kept
 
     def sync(self) -> None:
         """Make all records durable.
@@ -96,3 +126,13 @@ class MetricsFile:
         if self._pending:
             durable.append_bytes(self.path, self._pending)
             self._pending = b""
+
+
+def _keep_damaged(path: Path) -> Path | None:
+    """Copy a file with damaged lines, which holds more than its records, under a free name."""
+    if not damage_in(path):
+        return None
+    names = (path.with_name(f"{path.stem}.damaged-{n:03d}{path.suffix}") for n in count(1))
+    kept = next(name for name in names if not os.path.lexists(name))
+    durable.write_durably([kept], path.read_bytes())
+    return kept

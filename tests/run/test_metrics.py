@@ -1,11 +1,12 @@
 """The records of a run: appended, kept while they cannot be, cut back to a checkpoint."""
 
+import codecs
 import errno
 
 import pytest
 
 from niels_gpt.files import durable
-from niels_gpt.run.metrics import MetricsFile, read_metrics, records_until, to_lines
+from niels_gpt.run.metrics import MetricsFile, damage_in, read_metrics, records_until, to_lines
 
 A, B, C = ({"kind": "train", "step": step, "seconds": 0.5 * step} for step in (1, 2, 3))
 EVAL = {"kind": "eval", "step": 3, "val_wiki_loss": 2.5, "seconds": 2.0}
@@ -24,7 +25,8 @@ def test_records_come_back_as_they_were_written(tmp_path):
         b"\xff",
         b"[]",
         b"1",
-        b"",
+        b"\0" * 40,
+        b"\0\0" + to_lines([B])[:-1],
         b'{"kind": [], "step": 1, "seconds": 1}',
         b'{"kind": "train", "step": "1", "seconds": 1}',
         b'{"kind": "train", "step": 1, "seconds": "x"}',
@@ -32,9 +34,50 @@ def test_records_come_back_as_they_were_written(tmp_path):
         b'{"kind": "train", "step": 1, "seconds": 1e999}',
     ],
 )
-def test_reading_ends_at_the_first_line_that_is_no_record(tmp_path, line):
-    (tmp_path / "m").write_bytes(to_lines([A]) + line + b"\n" + to_lines([B]))
-    assert read_metrics(tmp_path / "m") == [A]
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_line_that_is_no_record_is_named_and_what_follows_is_read(tmp_path, line, first):
+    (tmp_path / "m").write_bytes(to_lines([A] * first) + line + b"\n" + to_lines([B, C]))
+    assert read_metrics(tmp_path / "m") == [*[A] * first, B, C]
+    (message,) = damage_in(tmp_path / "m")
+    assert message == f"{tmp_path / 'm'}: skipped what is not a record, in line {first + 1}"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        to_lines([A, B]),
+        codecs.BOM_UTF8 + to_lines([A, B]),
+        b"\n\r\n \t\n" + to_lines([A]) + b"\n\n" + to_lines([B]) + b"\n",
+        to_lines([A, B]).replace(b"\n", b"\r\n"),
+        to_lines([A, B])[:-1],
+        to_lines([A, B, C])[:-9],
+        to_lines([A, B]) + b"\0" * 4096,
+        to_lines([A, B]) + b'{"kind": "\xff',
+    ],
+)
+def test_blank_lines_a_mark_in_front_and_a_cut_end_are_not_worth_a_word(tmp_path, data):
+    (tmp_path / "m").write_bytes(data)
+    assert read_metrics(tmp_path / "m") == [A, B]
+    assert damage_in(tmp_path / "m") == []
+
+
+def test_of_many_damaged_lines_the_first_are_named(tmp_path):
+    (tmp_path / "m").write_bytes(b"x\n" * 9 + to_lines([A]) + b"x\n")
+    (message,) = damage_in(tmp_path / "m")
+    assert message.endswith("in lines 1, 2, 3, 4, 5 and 5 more")
+    assert damage_in(tmp_path / "none") == []
+
+
+def test_a_damaged_file_is_kept_when_it_is_replaced(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for n, data in enumerate((b"x\n" + to_lines([A]), b"\0\n"), 1):
+        path.write_bytes(data)
+        kept = MetricsFile(path, [B]).claim()
+        assert kept == tmp_path / f"metrics.damaged-00{n}.jsonl"
+        assert kept.read_bytes() == data
+        assert read_metrics(path) == [B]
+    assert MetricsFile(path, [C]).claim() is None
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_checkpoint_knows_the_logs_up_to_it_and_the_evaluations_up_to_its_last():
