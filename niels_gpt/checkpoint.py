@@ -36,6 +36,8 @@ from niels_gpt.optim.trees import Tree, map_tensors
 from niels_gpt.schema import (
     MODEL_FIELDS,
     Payload,
+    canonical_payload,
+    content_digest,
     file_size,
     names_by_id,
     parameter_shapes,
@@ -158,6 +160,11 @@ def write_checkpoint(paths: Sequence[str | os.PathLike[str]], checkpoint: Checkp
 def checkpoint_size(checkpoint: Checkpoint) -> int:
     """Return the size of a checkpoint's file in bytes, to within a percent or so."""
     return file_size(payload_of(checkpoint))
+
+
+def digest_of(checkpoint: Checkpoint) -> str:
+    """Return the digest that the file of a checkpoint has."""
+    return content_digest(canonical_payload(payload_of(checkpoint)))
 
 
 def open_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Checkpoint:

@@ -194,15 +194,15 @@ def test_a_link_to_nowhere_in_the_place_of_a_checkpoint_moves_aside(train, tmp_p
     assert contents(out) == whole
 
 
-def test_metrics_that_another_program_wrote_end_where_they_are_no_records(train, tmp_path):
+def test_metrics_that_another_program_wrote_are_left_out_where_they_are_no_records(train, tmp_path):
     out = tmp_path / "out"
     train("--out", out)
-    with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": [], "step": 1, "seconds": "x"}\n')
-    before = metrics(out)
+    before, log = metrics(out), out / "metrics.jsonl"
+    log.write_text('{"kind": [], "step": 1, "seconds": "x"}\n' + log.read_text())
     result = train("--resume", out / "step_0000004.pt")
     assert result.exit_code == 0, result.stderr
-    assert metrics(out) == before[:-1]
+    assert f"{log}: skipped what is not a record, in line 1" in result.stderr
+    assert metrics(out) == before
 
 
 def test_resume_latest_takes_the_newest_good_one_and_says_what_it_skipped(train, tmp_path):
@@ -233,7 +233,9 @@ def test_a_resume_reads_its_checkpoint_once(train, tmp_path, monkeypatch):
     assert reads.count("latest.pt") == 1
 
 
-def test_a_checkpoint_of_an_imperative_loop_resumes(train, tmp_path):
+@pytest.mark.parametrize("out", ["out", "."])
+def test_a_checkpoint_of_an_imperative_loop_resumes(train, tmp_path, out):
+    """Its best validation loss counts where its best.pt is, of a step that it does not say."""
     from niels_gpt import make_state
     from niels_gpt.config import to_dict
 
@@ -252,12 +254,18 @@ def test_a_checkpoint_of_an_imperative_loop_resumes(train, tmp_path):
         "step": 3,
         "best_val_loss": 2.0,
     }
-    torch.save(payload, tmp_path / "plain.pt")
-    result = train("--resume", tmp_path / "plain.pt", "--out", tmp_path / "out")
+    for name in ("plain.pt", "best.pt"):
+        torch.save(payload, tmp_path / name)
+    result = train("--resume", tmp_path / "plain.pt", "--out", tmp_path / out)
     assert result.exit_code == 0, result.stderr
     assert "not bit-exact" in result.stderr
-    assert "best 2.0000 before this run" in result.stdout
-    assert load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")["step"] == 7
+    assert ("best 2.0000 before this run" in result.stdout) == (out == ".")
+    assert ("(2.0000 nats): it starts anew" in result.stderr) == (out != ".")
+    latest, best = (
+        load_checkpoint(tmp_path / out / name, device="cpu") for name in ("latest.pt", "best.pt")
+    )
+    assert latest["step"] == 7
+    assert latest["best_val_loss"] == best["best_val_loss"]
 
 
 def test_resuming_on_other_text_is_refused_unless_allowed(train, tmp_path, texts):

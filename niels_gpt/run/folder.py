@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from niels_gpt.checkpoint import Checkpoint, checkpoint_of, read_checkpoint, write_checkpoint
+from niels_gpt.checkpoint import (
+    Checkpoint,
+    checkpoint_of,
+    digest_of,
+    read_checkpoint,
+    write_checkpoint,
+)
 from niels_gpt.eval import Scores
 from niels_gpt.files import durable
-from niels_gpt.files.names import METRICS, run_files, step_of_name
+from niels_gpt.files.names import BEST, LATEST, METRICS, run_files, step_of_name
 from niels_gpt.files.torchfile import CheckpointError
 from niels_gpt.run.metrics import MetricsFile
 from niels_gpt.run.plan import Plan
@@ -22,20 +28,31 @@ class Folder:
     def __init__(self, plan: Plan, console: Console) -> None:
         self.path = plan.out
         self.metrics = MetricsFile(plan.out / METRICS, plan.records)
-        self.is_saved = plan.resumed is not None  # whether the last save succeeded
+        self.good = plan.resumed.path if plan.resumed else None  # the newest good checkpoint
+        self.is_saved = False  # whether the last save succeeded
         self.environment = plan.environment  # as stored in checkpoints
         self._plan = plan
         self._console = console
         self._claimed = False
-        self._good = plan.resumed.path if plan.resumed else None
+        # The resumed state is the best so far, and its best.pt is yet to be written here.
+        self._owes_best = not plan.has_best and plan.scores.best_step == plan.state.step
 
     def save(self, names: Sequence[str], state: TrainState, scores: Scores) -> bool:
-        """Save a state durably under each name in turn; on failure, report it and return False."""
-        checkpoint = checkpoint_of(state, scores, self._plan.corpus.record, self.environment)
+        """Save a state durably under each name in turn; on failure, report it and return False.
+
+        A `latest.pt` that the run was resumed from and that is this very state stays as it is.
+        """
+        checkpoint = self._checkpoint(state, scores)
         try:
+            if names == [LATEST] and self._is_there(checkpoint):
+                self.is_saved = True
+                return True
             self._claim()
             self._sync_metrics()
-            write_checkpoint([self.path / name for name in names], checkpoint)
+            if self._owes_best and BEST not in names:
+                self._write([BEST], self._checkpoint(self._plan.state, self._plan.scores))
+            self._owes_best = False
+            self._write(names, checkpoint)
         except (OSError, CheckpointError) as error:
             self.is_saved = False
             self._console.warn(
@@ -43,13 +60,27 @@ class Folder:
                 f"the next save will retry; {self.last_good()}"
             )
             return False
-        self.is_saved, self._good = True, self.path / names[-1]
-        self._console.say(f"saved {', '.join(names)} after step {state.step}")
+        self.is_saved, self.good = True, self.path / names[-1]
         return True
 
     def last_good(self) -> str:
         """Name the newest checkpoint known to be good."""
-        return f"last good checkpoint: {self._good}" if self._good else "no checkpoint yet"
+        return f"last good checkpoint: {self.good}" if self.good else "no checkpoint yet"
+
+    def _checkpoint(self, state: TrainState, scores: Scores) -> Checkpoint:
+        return checkpoint_of(state, scores, self._plan.corpus.record, self.environment)
+
+    def _write(self, names: Sequence[str], checkpoint: Checkpoint) -> None:
+        write_checkpoint([self.path / name for name in names], checkpoint)
+        self._console.say(f"saved {', '.join(names)} after step {checkpoint.step}")
+
+    def _is_there(self, checkpoint: Checkpoint) -> bool:
+        """Return whether `latest.pt` is this checkpoint: the resumed one, unchanged."""
+        resumed = self._plan.resumed
+        if resumed is None or self._claimed or self._owes_best:
+            return False
+        is_latest = resumed.path.name == LATEST and _is_in(resumed.path, self.path)
+        return is_latest and resumed.digest == digest_of(checkpoint)
 
     def _claim(self) -> None:
         """Claim the folder for this run: move files of an earlier run into a subfolder."""
@@ -60,7 +91,8 @@ class Folder:
         if earlier:
             aside = durable.set_aside(self.path, [path.name for path in earlier])
             self._console.say(f"moved {len(earlier)} files of an earlier run to {aside}")
-        self.metrics.claim()
+        if kept := self.metrics.claim():
+            self._console.say(f"kept the damaged {METRICS} as {kept}")
         self._claimed = True
 
     def _files_of_another_run(self) -> list[Path]:
@@ -73,15 +105,17 @@ class Folder:
         return [*later, *metrics] if later else []
 
     def _is_later(self, path: Path, resumed: Checkpoint) -> bool:
-        """Return whether a file of the folder is a checkpoint of a later step, or damaged."""
-        if (promised := step_of_name(path.name)) is not None:
-            return promised > resumed.step
+        """Return whether a checkpoint in the folder is of a later step, damaged or another best."""
         if path.name in (METRICS, resumed.path.name):
             return False
+        if (promised := step_of_name(path.name)) is not None:
+            return promised > resumed.step
         try:
-            return read_checkpoint(path).step > resumed.step
+            step = read_checkpoint(path).step
         except (CheckpointError, FileNotFoundError):  # the latter for a dangling link
             return True
+        is_other_best = path.name == BEST and not self._plan.has_best
+        return step > resumed.step or (is_other_best and step < resumed.step)
 
     def _sync_metrics(self) -> None:
         """Sync the metrics; a failure does not prevent saving a checkpoint."""

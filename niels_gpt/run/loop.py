@@ -45,14 +45,16 @@ class Ports:
 def run(state: TrainState, scores: Scores, ports: Ports) -> tuple[TrainState, Scores, bool]:
     """Train to the config's `total_steps`; return the state, the scores, and whether it is saved.
 
+    It ends with a save also where there was nothing left to do: the state may be another folder's.
+
     Raises:
         NonFiniteError: if a loss or gradient norm is not finite; that step is not saved.
         Stopped: after a signal, with the state saved as `latest.pt`.
     """
     cfg = state.train_cfg
-    saved = state.step > 0  # a resumed state is a file already
+    saved = False
     try:
-        if state.step and evaluation_due(state) and scores.val_step != state.step:
+        if state.step and evaluation_due(state) and not _is_evaluated(state, scores):
             scores, saved = _evaluate(state, scores, ports)
         while state.step < cfg.total_steps:
             ports.check_stop()
@@ -75,7 +77,7 @@ def run(state: TrainState, scores: Scores, ports: Ports) -> tuple[TrainState, Sc
         if not saved:
             ports.save([LATEST], state, scores)
         raise
-    return state, scores, saved
+    return state, scores, saved or ports.save([LATEST], state, scores)
 
 
 def _evaluate(state: TrainState, scores: Scores, ports: Ports) -> tuple[Scores, bool]:
@@ -95,6 +97,11 @@ def evaluation_due(state: TrainState) -> bool:
     """Return whether to evaluate this state: every `eval_every` updates, and after the last."""
     cfg = state.train_cfg
     return state.step % cfg.eval_every == 0 or state.step == cfg.total_steps
+
+
+def _is_evaluated(state: TrainState, scores: Scores) -> bool:
+    """Return whether the scores hold the validation loss of this state, on the text of the run."""
+    return scores.val_loss is not None and scores.val_step == state.step
 
 
 def _log_due(state: TrainState) -> bool:

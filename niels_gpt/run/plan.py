@@ -18,8 +18,10 @@ from niels_gpt.corpus import Corpus, open_corpus
 from niels_gpt.device import resolve_device
 from niels_gpt.eval import Scores
 from niels_gpt.files.names import METRICS
+from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.model.flops import step_flops
-from niels_gpt.run.metrics import Record, read_metrics, records_until
+from niels_gpt.run.best import resumed_scores
+from niels_gpt.run.metrics import Record, damage_in, read_metrics, records_until
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.state import TrainState, make_state
 from niels_gpt.streams import locate
@@ -32,6 +34,7 @@ class Plan(NamedTuple):
 
     state: TrainState
     scores: Scores
+    has_best: bool  # whether the best.pt in `out` is that of the scores
     records: list[Record]  # metrics up to the state
     out: Path
     corpus: Corpus
@@ -51,34 +54,39 @@ def make_plan(model_cfg: ModelConfig, train_cfg: TrainConfig, options: TrainOpti
     resumed: Checkpoint | None = None
     messages: list[str] = []
     if options.resume is None:
-        state, scores = make_state(model_cfg, train_cfg, device), Scores()
+        state = make_state(model_cfg, train_cfg, device)
     else:
         resumed, messages = find_resume(options.resume, output_folder(options), device)
-        state, scores = resumed.state_under(model_cfg, train_cfg), resumed.scores
+        state = resumed.state_under(model_cfg, train_cfg)
+        _refuse_beyond_the_end(resumed, train_cfg)
         messages += resume_messages(resumed, train_cfg)
     where = locate(options.places, write_cache=not options.dry_run)
     corpus = open_corpus(model_cfg, train_cfg, where)
     inherited = resumed.environment.get("compile", False) if resumed else None
     compiled, why = choose_compile(options.compile, inherited, device, model_cfg, train_cfg)
     environment = describe_environment(device, compiled)
+    scores, has_best = Scores(), False
     records: list[Record] = []
     if resumed is not None:
         if changes := data_changes(resumed.sources, corpus.record):
             _refuse_unless(options.allow_data_change, resumed.path, changes)
             messages += changes
         messages += environment_changes(resumed.environment, environment)
-        metrics = read_metrics(resumed.path.with_name(METRICS))
-        records = records_until(metrics, state.step, scores.val_step)
+        scores, has_best, told = resumed_scores(resumed, output_folder(options), corpus.record)
+        logged = resumed.path.with_name(METRICS)
+        records = records_until(read_metrics(logged), state.step, resumed.scores.val_step)
+        messages += [*told, *damage_in(logged)]
     return Plan(
         state=state,
         scores=scores,
+        has_best=has_best,
         records=records,
         out=output_folder(options),
         corpus=corpus,
         environment=environment,
         why_compile=why,
         resumed=resumed,
-        messages=[*messages, *corpus.messages],
+        messages=[*messages, *schedule_messages(train_cfg), *corpus.messages],
     )
 
 
@@ -129,6 +137,26 @@ def resume_messages(resumed: Checkpoint, train_cfg: TrainConfig) -> list[str]:
         if name in before and before[name] != now[name]
     ]
     return [*(f"{resumed.path}: {message}" for message in resumed.messages), *changed]
+
+
+def schedule_messages(cfg: TrainConfig) -> list[str]:
+    """Return a message if the warmup does not end before the run does."""
+    if cfg.warmup_steps < cfg.total_steps:
+        return []
+    last = lr_of_step(cfg.total_steps - 1, cfg)
+    return [
+        f"train.warmup_steps={cfg.warmup_steps} is not below train.total_steps={cfg.total_steps}: "
+        f"the learning rate only rises to {last:.3g} and does not reach base_lr={cfg.base_lr:.3g}"
+    ]
+
+
+def _refuse_beyond_the_end(resumed: Checkpoint, cfg: TrainConfig) -> None:
+    if resumed.step > cfg.total_steps:
+        raise ValueError(
+            f"{resumed.path}: has finished {resumed.step} steps, but train.total_steps is "
+            f"{cfg.total_steps}: set it to more than {resumed.step}, "
+            "or resume from an earlier checkpoint"
+        )
 
 
 def data_changes(before: SourceRecords | None, sources: SourceRecords) -> list[str]:

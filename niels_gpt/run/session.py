@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from itertools import chain
-from pathlib import Path
 
 from niels_gpt.eval import evaluate
-from niels_gpt.files.names import LATEST
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.run import loop
 from niels_gpt.run.compile import choose_step
@@ -31,7 +30,8 @@ def train(plan: Plan, options: TrainOptions, console: Console, stop: Stop) -> in
         state, scores, saved = loop.run(plan.state, plan.scores, ports)
     except Stopped as stopped:
         console.warn(f"stopped by {stopped}; {folder.last_good()}")
-        console.warn(resume_line(options, folder.path))
+        if folder.good is not None:
+            console.warn(resume_line(options, folder))
         return stopped.exit_code if folder.is_saved else 1
     except (NonFiniteError, RuntimeError, MemoryError, OSError) as error:
         console.fail(error, folder.last_good())
@@ -40,24 +40,23 @@ def train(plan: Plan, options: TrainOptions, console: Console, stop: Stop) -> in
         console.fail("the final save failed", folder.last_good())
         return 1
     reporter.closing(state, scores)
-    console.say(resume_line(options, folder.path))
+    console.say(resume_line(options, folder))
     return 0
 
 
 def _step_of(plan: Plan, folder: Folder, console: Console, stop: Stop) -> StepFunction:
-    """Return the step to train with, compiled if requested; the folder records which."""
+    """Return the step to train with, compiled if requested; the folder records which.
+
+    A signal ends the compilation at once; the loop then finds it, and saves.
+    """
     state, corpus, device = plan.state, plan.corpus, plan.environment["device"]
     if not plan.environment["compile"] or state.step >= state.train_cfg.total_steps:
         return train_step
-    try:
-        with stop.immediately():
-            step, is_compiled = choose_step(state, corpus.batch(state.step, device), console.say)
-    except Stopped:
-        if plan.resumed is None:
-            folder.save([LATEST], state, plan.scores)
-        raise
-    folder.environment = {**plan.environment, "compile": is_compiled}
-    return step
+    with contextlib.suppress(Stopped), stop.immediately():
+        step, is_compiled = choose_step(state, corpus.batch(state.step, device), console.say)
+        folder.environment = {**plan.environment, "compile": is_compiled}
+        return step
+    return train_step
 
 
 def ports_of(
@@ -80,14 +79,21 @@ def ports_of(
     )
 
 
-def resume_line(options: TrainOptions, folder: Path) -> str:
-    """Return the command that resumes from the last checkpoint of this run."""
+def resume_line(options: TrainOptions, folder: Folder) -> str:
+    """Return the command that resumes from the last good checkpoint, with all that was given."""
+    flags = {
+        "--compile": options.compile is True,
+        "--no-compile": options.compile is False,
+        "--allow-data-change": options.allow_data_change,
+    }
+    assert folder.good is not None
     given = {
         "--config": [options.config],
         "--set": options.overrides,
         **{f"--{name}": [place] for name, place in options.places.items()},
         "--device": [options.device],
-        "--resume": [folder / LATEST],
+        "--resume": [folder.good],
+        "--out": [folder.path] if folder.good.parent != folder.path else [],
     }
     words = [
         [option, str(value)]
@@ -95,4 +101,5 @@ def resume_line(options: TrainOptions, folder: Path) -> str:
         for value in values
         if value is not None
     ]
+    words.append([flag for flag, is_given in flags.items() if is_given])
     return f"resume with: niels-gpt train {shlex.join(chain.from_iterable(words))}"

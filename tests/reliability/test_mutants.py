@@ -419,10 +419,45 @@ MUTANTS = {
     ),
     "metrics not truncated on a resume": Mutant(
         "run/plan",
-        "records = records_until(metrics, state.step, scores.val_step)",
-        "records = metrics",
+        "records = records_until(read_metrics(logged), state.step, resumed.scores.val_step)",
+        "records = read_metrics(logged)",
         TRAIN,
         "ends_in_the_same_bytes",
+    ),
+    "a second signal of any kind ends at once": Mutant(
+        "run/stop",
+        "if signum == signal.SIGINT and time.monotonic() - self._since > PATIENCE:",
+        "if True:",
+        "tests/run/test_stop.py",
+        "only_a_ctrl_c",
+    ),
+    "a resumed state taken for saved": Mutant(
+        "run/loop",
+        "    saved = False\n    try:",
+        "    saved = state.step > 0\n    try:",
+        "tests/run/test_loop.py",
+        "stopped_before_its_first_save",
+    ),
+    "a best of another folder carried on": Mutant(
+        "run/best",
+        "    if resumed.path.parent.resolve() != folder.resolve():\n        return False",
+        "    if resumed.path.parent.resolve() != folder.resolve():\n        return True",
+        "tests/run/test_best.py",
+        "in_another_folder",
+    ),
+    "a best of another validation text carried on": Mutant(
+        "run/best",
+        "    return a != b\n",
+        "    return False\n",
+        "tests/run/test_best.py",
+        "changed_validation_text",
+    ),
+    "a damaged log not kept": Mutant(
+        "run/metrics",
+        "    if not damage_in(path):",
+        "    if True:",
+        "tests/run/test_metrics.py",
+        "kept_when_it_is_replaced",
     ),
 }
 

@@ -151,14 +151,37 @@ def test_a_run_stopped_in_an_evaluation_has_saved_its_state_and_makes_the_evalua
     assert brief(second.events)[0] == ("eval", 3)
 
 
-def test_a_resume_at_the_end_does_nothing_twice():
+def test_a_resume_at_the_end_saves_and_does_nothing_else_twice():
     cfg = config()
     first = World(cfg)
     run(make_state(MODEL, cfg), Scores(), first.ports())
     second = World(cfg)
     _, _, saved = run(*first.files["latest.pt"], second.ports())
     assert saved
-    assert second.events == []
+    assert brief(second.events) == [("save", 7, "latest.pt")]
+
+
+@pytest.mark.parametrize("fail_saves", [[], [True]])
+def test_a_resume_that_is_stopped_before_its_first_save_saves(fail_saves):
+    cfg = config()
+    first = World(cfg, stop_at=4)
+    with pytest.raises(Stopped):
+        run(make_state(MODEL, cfg), Scores(), first.ports())
+    second = World(cfg, stop_at=0, fail_saves=fail_saves)
+    with pytest.raises(Stopped):
+        run(*first.files["latest.pt"], second.ports())
+    expected = [("failed", 4)] if fail_saves else [("save", 4, "latest.pt")]
+    assert brief(second.events) == expected
+
+
+def test_an_evaluation_on_another_text_is_made_again():
+    cfg = config()
+    first = World(cfg)
+    run(make_state(MODEL, cfg), Scores(), first.ports())
+    state, scores = first.files["latest.pt"]
+    second = World(cfg)
+    run(state, Scores(val_step=scores.val_step), second.ports())
+    assert brief(second.events) == [("eval", 7), ("save", 7, "best.pt"), ("save", 7, "latest.pt")]
 
 
 def test_a_stop_before_the_first_step_saves_the_initial_state():

@@ -1,0 +1,140 @@
+"""What a resumed run leaves and names: only its own checkpoint, in its own folder."""
+
+import shlex
+from signal import SIGINT, SIGTERM
+
+import pytest
+
+from niels_gpt.checkpoint import open_checkpoint
+from niels_gpt.corpus import Corpus
+from niels_gpt.run import folder as run_folder
+from niels_gpt.run import session
+from niels_gpt.step import train_step
+from tests.reliability.signalled import signalling
+from tests.training import same_state
+
+
+@pytest.fixture
+def interrupted(train, monkeypatch):
+    """Run `train ARGS`, and press Ctrl-C before its first update."""
+
+    def run(*args, **changes):
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "say_opening", signalling(session.say_opening, 1, [SIGINT]))
+            return train(*args, **changes)
+
+    return run
+
+
+def resume_words(output):
+    """Return the command that an output ends with, as a shell reads it."""
+    (line,) = (line for line in output.splitlines() if line.startswith("resume with: "))
+    return shlex.split(line)[3:]
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.glob("*.pt")}
+
+
+@pytest.mark.parametrize("total", [8, 4])
+def test_a_finished_run_resumed_into_another_folder_is_there(train, tmp_path, total):
+    train("--out", "a", total_steps=total)
+    result = train("--resume", "a/latest.pt", "--out", "b", total_steps=total)
+    assert result.exit_code == 0, result.output
+    a, b = (open_checkpoint(tmp_path / name / "latest.pt").state for name in "ab")
+    assert b.step == total
+    assert same_state(a, b)
+    assert resume_words(result.stdout)[-2:] == ["--resume", "b/latest.pt"]
+    again = train(*resume_words(result.stdout)[1:])
+    assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize("name", ["step_0000003.pt", "step_0000004.pt"])
+def test_a_resume_elsewhere_that_is_stopped_at_once_has_its_own_checkpoint(
+    train, interrupted, tmp_path, name
+):
+    train("--out", "a")
+    before = contents(tmp_path / "a")
+    result = interrupted("--resume", f"a/{name}", "--out", "b")
+    assert result.exit_code == 130, result.output
+    saved = open_checkpoint(tmp_path / "b" / "latest.pt")
+    assert saved.step == open_checkpoint(tmp_path / "a" / name).step
+    assert resume_words(result.stderr)[-2:] == ["--resume", "b/latest.pt"]
+    assert train("--resume", "b/latest.pt").exit_code == 0
+    assert same_state(*(open_checkpoint(tmp_path / out / "latest.pt").state for out in "ab"))
+    assert contents(tmp_path / "a") == before
+
+
+def test_an_abandoned_latest_is_not_the_one_to_resume(train, interrupted, tmp_path):
+    train("--out", "a")
+    abandoned = (tmp_path / "a" / "latest.pt").read_bytes()
+    result = interrupted("--resume", "a/step_0000004.pt", base_lr=0.01)
+    assert result.exit_code == 130, result.output
+    latest = open_checkpoint(tmp_path / "a" / "latest.pt")
+    assert (latest.step, latest.train_cfg["base_lr"]) == (4, 0.01)
+    assert "last good checkpoint: a/latest.pt" in result.stderr
+    assert (tmp_path / "a" / "earlier-001" / "latest.pt").read_bytes() == abandoned
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_latest_that_is_this_very_state_is_left_alone(
+    train, interrupted, tmp_path, monkeypatch, stop
+):
+    train("--out", "a", total_steps=4)
+    total = 8 if stop else 4
+    if stop:  # a run of the same config that is stopped has the same latest.pt
+        interrupted("--resume", "a/latest.pt", total_steps=8)
+    before = contents(tmp_path / "a")
+    monkeypatch.setattr(run_folder, "write_checkpoint", None)
+    result = (interrupted if stop else train)("--resume", "a/latest.pt", total_steps=total)
+    assert result.exit_code == (130 if stop else 0), result.output
+    assert contents(tmp_path / "a") == before
+    assert resume_words(result.output)[-2:] == ["--resume", "a/latest.pt"]
+
+
+def test_a_finished_run_under_another_config_records_it(train, tmp_path):
+    train("--out", "a", total_steps=4)
+    train("--resume", "a/latest.pt", total_steps=4, log_every=7)
+    assert open_checkpoint(tmp_path / "a" / "latest.pt").train_cfg["log_every"] == 7
+
+
+def test_where_nothing_could_be_saved_the_line_resumes_from_what_there_is(
+    train, interrupted, monkeypatch
+):
+    train("--out", "a", total_steps=4)
+
+    def full(paths, checkpoint):
+        raise OSError(28, "No space left on device", str(paths[0]))
+
+    monkeypatch.setattr(run_folder, "write_checkpoint", full)
+    result = interrupted("--resume", "a/latest.pt", "--out", "b")
+    assert result.exit_code == 1
+    assert "last good checkpoint: a/latest.pt" in result.stderr
+    assert resume_words(result.stderr)[-4:] == ["--resume", "a/latest.pt", "--out", "b"]
+    fresh = interrupted("--out", "c")
+    assert fresh.exit_code == 1
+    assert "no checkpoint yet" in fresh.stderr
+    assert "resume with" not in fresh.output
+
+
+@pytest.mark.parametrize("flag", ["--compile", "--no-compile", "--allow-data-change"])
+def test_the_line_that_resumes_has_what_was_given(train, monkeypatch, flag, texts):
+    monkeypatch.setattr(session, "choose_step", lambda state, batch, say: (train_step, True))
+    resume = ["--resume", "first/latest.pt"] if flag == "--allow-data-change" else []
+    train("--out", "first", total_steps=2)
+    monkeypatch.setattr(Corpus, "batch", signalling(Corpus.batch, 3, [SIGTERM]))
+    result = train("--out", "an out", *resume, flag, base_lr=0.01)
+    words = resume_words(result.stderr)
+    assert words[:3] == ["train", "--config", "c.json"]
+    for pair in (
+        ["--set", "train.base_lr=0.01"],
+        ["--wiki", str(texts / "wiki")],
+        ["--roam", str(texts / "notes")],
+        ["--device", "cpu"],
+        ["--resume", "an out/latest.pt"],
+    ):
+        assert words[words.index(pair[1]) - 1 :][:2] == pair
+    assert flag in words
+    assert [word for word in words if word.startswith("--no-") or word == "--compile"] == [
+        word for word in [flag] if "compile" in word
+    ]
