@@ -20,7 +20,7 @@ from torch import Tensor
 from niels_gpt.config import ModelConfig
 from niels_gpt.files import durable
 from niels_gpt.files.torchfile import (
-    MAX_FILE_BYTES,
+    MAX_TENSOR_BYTES,
     CheckpointError,
     check_torch_file,
     key_problem,
@@ -272,8 +272,8 @@ def _check_storages(tensors: Tensors) -> None:
         if owner is not where and {_name(owner), _name(where)} != set(TIED):
             raise CheckpointError(f"{_name(where)} shares the storage of {_name(owner)}")
     size = sum({t.untyped_storage().data_ptr(): t.nbytes for _, t in tensors}.values())
-    if size > MAX_FILE_BYTES:
-        raise CheckpointError(f"its tensors take {size:,} bytes, more than {MAX_FILE_BYTES:,}")
+    if size > MAX_TENSOR_BYTES:
+        raise CheckpointError(f"its tensors take {size:,} bytes, more than {MAX_TENSOR_BYTES:,}")
 
 
 def _check_plain(t: Tensor, where: Place) -> None:

@@ -130,7 +130,7 @@ def test_a_config_that_is_too_long_to_be_read_back_is_not_written(tmp_path):
 
 
 def test_tensors_that_are_too_large_to_be_read_back_are_not_even_serialised(tmp_path, monkeypatch):
-    monkeypatch.setattr(schema, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(schema, "MAX_TENSOR_BYTES", 1000)
     monkeypatch.delattr(torch, "save")
     with pytest.raises(CheckpointError, match=r"tensors take 2,[0-9]{3} bytes, more than 1,000"):
         write_payload([tmp_path / "a.pt"], random_payload())

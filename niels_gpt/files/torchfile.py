@@ -24,6 +24,7 @@ from torch import Tensor
 from niels_gpt.files.container import ContainerError, Member, read_member, read_members
 
 MAX_FILE_BYTES = 16 << 30
+MAX_TENSOR_BYTES = MAX_FILE_BYTES - (64 << 20)  # the rest is for the container and the pickle
 MAX_PICKLE_BYTES = 16 << 20
 MAX_SMALL_BYTES = 1024  # of the members beside the pickle and the storages
 MAX_INSTRUCTIONS = 2_000_000  # 1024 blocks take 1.3 million

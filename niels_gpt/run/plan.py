@@ -18,11 +18,14 @@ from niels_gpt.corpus import Corpus, open_corpus
 from niels_gpt.device import resolve_device
 from niels_gpt.eval import Scores
 from niels_gpt.files.names import METRICS
+from niels_gpt.files.torchfile import MAX_TENSOR_BYTES
 from niels_gpt.lr_schedule import lr_of_step
-from niels_gpt.model.flops import step_flops
+from niels_gpt.model.flops import parameter_count, step_flops
+from niels_gpt.optim import optimizer_of, to_entries
 from niels_gpt.run.best import resumed_scores
 from niels_gpt.run.metrics import Record, damage_in, read_metrics, records_until
 from niels_gpt.run.options import TrainOptions
+from niels_gpt.schema import parameter_shapes
 from niels_gpt.state import TrainState, make_state
 from niels_gpt.streams import locate
 
@@ -50,6 +53,7 @@ def make_plan(model_cfg: ModelConfig, train_cfg: TrainConfig, options: TrainOpti
     Raises:
         ValueError, RuntimeError, OSError: for invalid input; nothing was changed.
     """
+    _check_size(model_cfg, train_cfg)
     device = resolve_device(options.device)
     resumed: Checkpoint | None = None
     messages: list[str] = []
@@ -88,6 +92,20 @@ def make_plan(model_cfg: ModelConfig, train_cfg: TrainConfig, options: TrainOpti
         resumed=resumed,
         messages=[*messages, *schedule_messages(train_cfg), *corpus.messages],
     )
+
+
+def _check_size(model_cfg: ModelConfig, train_cfg: TrainConfig) -> None:
+    """Refuse a model whose checkpoints would be too large to be loaded, before it is made."""
+    shapes = parameter_shapes(model_cfg)
+    params = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    entries = to_entries(optimizer_of(train_cfg).init(params), params, 1)
+    trees = [params, *entries.values()]
+    size = sum(t.nbytes for tree in trees for t in tree.values())
+    if size > MAX_TENSOR_BYTES:
+        raise ValueError(
+            f"the model is too large: with {parameter_count(model_cfg):,} parameters, a checkpoint"
+            f" would take {size:,} bytes, and {MAX_TENSOR_BYTES:,} can be loaded"
+        )
 
 
 def output_folder(options: TrainOptions) -> Path:

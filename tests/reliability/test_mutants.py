@@ -197,8 +197,15 @@ MUTANTS = {
     "nothing checked of what was serialised": Mutant(
         "schema", "        check_torch_file(file)\n", "", CHECKPOINT, "too_long"
     ),
+    "models of any size begun": Mutant(
+        "run/plan",
+        "    _check_size(model_cfg, train_cfg)\n",
+        "",
+        "tests/run/test_plan.py",
+        "refused",
+    ),
     "tensors of any size serialised": Mutant(
-        "schema", "if size > MAX_FILE_BYTES", "if False", CHECKPOINT, "too_large"
+        "schema", "if size > MAX_TENSOR_BYTES", "if False", CHECKPOINT, "too_large"
     ),
     "duplicate members allowed": Mutant(
         "files/container", "if len(set(names)) < len(names)", "if False", HOSTILE, "twice"

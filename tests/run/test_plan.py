@@ -1,8 +1,17 @@
 """What is checked, and told, before the first step."""
 
+from contextlib import nullcontext
+
 import pytest
 
-from niels_gpt.checkpoint import open_checkpoint
+from niels_gpt import schema
+from niels_gpt.checkpoint import checkpoint_of, open_checkpoint, write_checkpoint
+from niels_gpt.config import TrainConfig
+from niels_gpt.run import plan
+from niels_gpt.state import make_state
+from tests.checkpoints import TINY
+
+WIDE = ["model.C=16384", "model.L=64", "model.d_ff=65536", "model.H=2"]
 
 
 def test_a_run_cannot_end_before_the_step_that_it_resumes(train, tmp_path):
@@ -51,3 +60,32 @@ def test_a_damaged_log_is_named_and_kept(train, tmp_path):
     assert str(kept.name) in result.stdout
     assert kept.read_bytes() == damaged
     assert log.read_bytes().startswith(b"".join(lines))
+
+
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
+def test_a_model_whose_checkpoints_could_not_be_loaded_is_refused_before_it_is_made(
+    niels, tmp_path, monkeypatch, option
+):
+    """Its checkpoint would take 2.5 TB; making the model would fail in another way."""
+    monkeypatch.delattr(plan, "make_state")
+    sets = [word for setting in WIDE for word in ("--set", setting)]
+    result = niels("train", "--config", "smoke", "--out", tmp_path / "out", *sets, *option)
+    assert result.exit_code == 2
+    assert "the model is too large: with 206," in result.stderr
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("size", [2356, 2355])
+def test_what_a_plan_allows_is_what_can_be_saved(tmp_path, monkeypatch, size):
+    """192 parameters and AdamW's moments in float32, and 13 counts of its steps: 2,356 bytes."""
+    monkeypatch.setattr(plan, "MAX_TENSOR_BYTES", size)
+    monkeypatch.setattr(schema, "MAX_TENSOR_BYTES", size)
+    checkpoint = checkpoint_of(make_state(TINY, TrainConfig())._replace(step=1))
+    with refused(size < 2356, "a checkpoint would take 2,356 bytes, and 2,355 can be loaded"):
+        plan._check_size(TINY, TrainConfig())
+    with refused(size < 2356, "its tensors take 2,356 bytes, more than 2,355"):
+        write_checkpoint([tmp_path / "a.pt"], checkpoint)
+
+
+def refused(whether, message):
+    return pytest.raises(ValueError, match=message) if whether else nullcontext()
