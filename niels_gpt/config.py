@@ -20,6 +20,8 @@ from niels_gpt.files.strict_json import load_json as load_json
 from niels_gpt.files.strict_json import save_json as save_json
 
 SOURCE_NAMES = tuple(SOURCES)
+OPTIMIZERS = ("adamw", "muon")  # each a module of niels_gpt.optim
+INITS = ("normal", "fan_in")
 MAX_CONFIG_BYTES = 1_000_000
 LARGEST_FLOAT = 1e30  # float32 holds it with room for one multiplication
 
@@ -40,6 +42,11 @@ def _bounds(
         "open_high": open_high,
         "meaning": meaning,
     }
+
+
+def _one_of(names: tuple[str, ...], meaning: str) -> dict[str, Any]:
+    """Return dataclass field metadata: the valid names and the meaning of a value."""
+    return {"names": names, "meaning": meaning}
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,12 @@ class TrainConfig:
     weight_decay: float = field(
         default=0.1, metadata=_bounds(0, LARGEST_FLOAT, "decoupled weight decay")
     )
+    optimizer: str = field(
+        default="adamw", metadata=_one_of(OPTIMIZERS, "update rule: adamw, or muon in the blocks")
+    )
+    init: str = field(
+        default="normal", metadata=_one_of(INITS, "first weights: normal (0.02), or fan_in")
+    )
     p_train: dict[str, float] = field(
         default_factory=default_p_train,
         metadata={"meaning": "probability of each source, summing to 1"},
@@ -131,16 +144,25 @@ def _field_problems(
     legal: dict[str, Any] = {}
     for f in fields(cls):
         value = values[f.name]
-        problem = (
-            _p_train_problem(value)
-            if f.name == "p_train"
-            else _number_problem(value, whole=f.type is int, bounds=f.metadata)
-        )
-        if problem:
+        if problem := _problem(f, value):
             problems.append(f"{prefix}{f.name}={show(value)} {problem}")
         else:
             legal[f.name] = value
     return problems + [prefix + line for line in _relation_problems(legal)]
+
+
+def _problem(f: dataclasses.Field[Any], value: object) -> str | None:
+    if f.name == "p_train":
+        return _p_train_problem(value)
+    if "names" in f.metadata:
+        return _name_problem(value, f.metadata["names"])
+    return _number_problem(value, whole=f.type is int, bounds=f.metadata)
+
+
+def _name_problem(value: object, names: tuple[str, ...]) -> str | None:
+    if isinstance(value, str):
+        return None if value in names else f"must be a known name ({_nearest(value, names)})"
+    return f"must be a name (known: {', '.join(names)})"
 
 
 def _number_problem(value: object, *, whole: bool, bounds: Mapping[str, Any]) -> str | None:
@@ -257,8 +279,8 @@ def apply_overrides(
 ) -> dict[str, Any]:
     """Return a new document with `section.key=VALUE` set for each override, the last one winning.
 
-    VALUE is JSON. `train.p_train.wiki=0.5` sets one probability and keeps the others. `where`
-    names `doc` in error messages.
+    VALUE is JSON, or a bare word for a key whose value is a name. `train.p_train.wiki=0.5` sets one
+    probability and keeps the others. `where` names `doc` in error messages.
 
     Raises:
         ValueError: for an unknown key or a VALUE that is not JSON. Whether the value is valid is
@@ -288,13 +310,19 @@ def _parse_override(override: str) -> tuple[str, str, str | None, Any]:
     key, dot, source = rest.partition(".")
     if not equals or not key or (dot and (section, key) != ("train", "p_train")):
         raise ValueError(f"{where}: must be SECTION.KEY=VALUE, such as train.total_steps=20")
+    _raise_problems(where, _key_problems({section: {key: None}}))
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{where}: the value is not JSON: {error}") from None
-    doc = {section: {key: {source: value} if dot else value}}
-    _raise_problems(where, _key_problems(doc) or _data_problems(doc))
+        if not _takes_a_name(section, key) or not text.strip():
+            raise ValueError(f"{where}: the value is not JSON: {error}") from None
+        value = text.strip()
+    _raise_problems(where, _data_problems({section: {key: {source: value} if dot else value}}))
     return section, key, source if dot else None, value
+
+
+def _takes_a_name(section: str, key: str) -> bool:
+    return any(f.name == key and "names" in f.metadata for f in fields(SECTIONS[section]))
 
 
 def find_config(name: str | os.PathLike[str]) -> Path:
@@ -356,15 +384,21 @@ def _data_problems(doc: Mapping[str, Any]) -> list[str]:
 def _unknown(kind: str, prefix: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
     """Return a line with the closest known name for each unknown one of `names`."""
     unknown = [str(name) for name in names if name not in known]
-    by_lower = {k.lower(): k for k in known}
-    no_hint = f"known: {', '.join(known)}"
     lines = []
     for name in unknown[:MAX_LISTED]:
-        near = difflib.get_close_matches(name[:80].lower(), by_lower, n=1)
-        hint = f"did you mean {prefix}{by_lower[near[0]]}?" if near else no_hint
+        hint = _nearest(name, known, prefix)
         shown = name if name.isidentifier() and name.isascii() and len(name) <= 80 else show(name)
         lines.append(f"unknown {kind} {prefix}{shown} ({hint})")
     return lines + ([f"and {len(unknown) - len(lines)} more"] if len(unknown) > len(lines) else [])
+
+
+def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return the closest known name as a question, or all of them if none is close."""
+    by_lower = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(name[:80].lower(), by_lower, n=1)
+    if near:
+        return f"did you mean {prefix}{by_lower[near[0]]}?"
+    return f"known: {', '.join(by_lower.values())}"
 
 
 def _raise_problems(where: str, problems: list[str]) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from niels_gpt.config import ModelConfig, TrainConfig
-from niels_gpt.model.blocks import init_weights
+from niels_gpt.model.blocks import INITS
 from niels_gpt.model.gpt import GPT, without_storage
 from niels_gpt.optim import OptState, from_entries, optimizer_of, to_entries
 from niels_gpt.optim.trees import Tree, map_tensors
@@ -40,7 +40,7 @@ def make_state(
     Weights are drawn on the CPU, so every device starts from the same ones.
     """
     generator = keyed_generator(train_cfg.seed, "init", 0)
-    model = empty_model(model_cfg).apply(partial(init_weights, generator=generator))
+    model = empty_model(model_cfg).apply(partial(INITS[train_cfg.init], generator=generator))
     params = {name: p.detach().to(device) for name, p in model.named_parameters()}
     return TrainState(params, optimizer_of(train_cfg).init(params), 0, model_cfg, train_cfg)
 

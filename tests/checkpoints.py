@@ -46,11 +46,13 @@ def random_checkpoint(model_cfg: ModelConfig = TINY, *, step: int = 3, seed: int
 
 @st.composite
 def states(draw: st.DrawFn) -> TrainState:
+    train_cfg = draw(train_configs())
     return random_state(
         draw(model_configs(V=draw(st.sampled_from([1, 7, 256])))),
         step=draw(st.integers(0, 2**24)),
         seed=draw(st.integers(0, 2**32)),
-    )._replace(train_cfg=draw(train_configs()))
+        optimizer=train_cfg.optimizer,
+    )._replace(train_cfg=train_cfg)
 
 
 json_scalars = (

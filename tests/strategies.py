@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from niels_gpt.config import ModelConfig, TrainConfig
+from niels_gpt.config import INITS, OPTIMIZERS, ModelConfig, TrainConfig
 
 
 @st.composite
@@ -48,6 +48,8 @@ def train_configs(draw, *, max_steps=20):
         grad_clip=draw(st.floats(0.01, 100)),
         weight_decay=draw(st.floats(0, 1)),
         p_train=draw(probabilities()),
+        optimizer=draw(st.sampled_from(OPTIMIZERS)),
+        init=draw(st.sampled_from(INITS)),
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from benchmarks import optimizer as optimizer_cost
 from benchmarks import sweep
 from benchmarks.imperative import ImperativeGPT, imperative_step, make_optimizer
 from benchmarks.learning_curve import learning_curve, validation_loss
@@ -97,6 +98,14 @@ def test_the_table_of_a_sweep_has_a_row_for_each_width():
     assert lines[0] == "| C | 2 models | 4 models | 8 models |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| 32", "| 64", "| 128", "| 256"]
     assert lines[2] == "| 32 | 16.00 | 8.00 | 4.00 |"
+
+
+def test_the_operations_of_an_update_are_those_of_muons_products():
+    cfg, cube = ModelConfig(T=8, C=16, L=1, H=2, d_ff=64), 16**3
+    square = 4 * 4 * 6 * cube  # q, k, v and proj: four times X X^T, A^2 and the product with X
+    wide = 2 * (2 * 8 + 2 * (1 + 3 * 4)) * cube  # fc1 and fc2: X X^T, Q X, the rest on 16 x 16
+    assert optimizer_cost.update_flops(cfg, "muon") == square + wide
+    assert optimizer_cost.update_flops(cfg, "adamw") == 0
 
 
 def test_both_sides_of_the_sweep_are_timed():

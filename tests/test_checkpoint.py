@@ -33,6 +33,7 @@ from niels_gpt.model.gpt import GPT
 from niels_gpt.schema import MODEL_FIELDS, check_payload, content_digest, write_payload
 from tests.checkpoints import TINY, json_like, random_checkpoint, random_payload, random_state
 from tests.strategies import model_configs
+from tests.training import same_state
 
 
 def without(payload, *path):
@@ -531,6 +532,21 @@ def test_moments_of_another_optimizer_are_refused():
         CheckpointError, match=r"from another optimizer: it has \['momentum_buffer'\] for tok_emb"
     ):
         parse_payload(plain_payload(optimizer, model)).state_under(TINY, TrainConfig())
+
+
+def test_the_state_of_another_known_optimizer_is_refused_with_both_names():
+    checkpoint = checkpoint_of(random_state(optimizer="muon"))
+    with pytest.raises(CheckpointError, match=r"is that of muon, but train\.optimizer is adamw"):
+        checkpoint.state_under(TINY, TrainConfig())
+    assert checkpoint.state.train_cfg.optimizer == "muon"
+
+
+def test_a_file_of_a_version_without_the_names_is_of_their_defaults():
+    state = random_state()
+    payload = payload_of(checkpoint_of(state))
+    for key in ("optimizer", "init"):
+        del payload["train_cfg"][key]
+    assert same_state(parse_payload(payload).state, state)
 
 
 @pytest.mark.parametrize("named", [False, True])

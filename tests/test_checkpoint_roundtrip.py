@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from niels_gpt import config
 from niels_gpt.checkpoint import (
     checkpoint_of,
     load_checkpoint,
@@ -151,8 +152,9 @@ def test_bytes_depend_on_content_not_on_the_objects_that_hold_it(tmp_path):
 
 
 @pytest.mark.parametrize("step", [0, 3])
-def test_the_module_view_and_the_state_view_write_the_same_bytes(tmp_path, step):
-    state = random_state(step=step)
+@pytest.mark.parametrize("name", config.OPTIMIZERS)
+def test_the_module_view_and_the_state_view_write_the_same_bytes(tmp_path, name, step):
+    state = random_state(step=step, optimizer=name)
     model, optimizer = to_modules(state)
     a, b = tmp_path / "a.pt", tmp_path / "b.pt"
     save_checkpoint(

@@ -79,6 +79,8 @@ def test_defaults_are_the_contract():
         "total_steps": 20000,
         "eval_steps": 100,
         "weight_decay": 0.1,
+        "optimizer": "adamw",
+        "init": "normal",
     }
     assert default_p_train() == {"wiki": 0.784, "roam": 0.196, "primer": 0.020}
 
@@ -158,6 +160,12 @@ WRONG_VALUES = [
     (TrainConfig, "grad_clip", math.inf),
     (TrainConfig, "weight_decay", -0.1),
     (TrainConfig, "weight_decay", {}),
+    (TrainConfig, "optimizer", "moun"),
+    (TrainConfig, "optimizer", ""),
+    (TrainConfig, "optimizer", "Muon"),
+    (TrainConfig, "optimizer", None),
+    (TrainConfig, "init", 0.02),
+    (TrainConfig, "init", ["normal"]),
     (TrainConfig, "p_train", {}),
     (TrainConfig, "p_train", [0.5, 0.5]),
     (TrainConfig, "p_train", {"wiki": 0.9}),
@@ -199,8 +207,24 @@ def test_inconsistent_values_are_refused_with_both(cls, values, message):
 
 
 @pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        ("moun", "did you mean muon?"),
+        ("AdamW", "did you mean adamw?"),
+        ("sgd", "known: adamw, muon"),
+        (3, "known: adamw, muon"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_the_nearest(value, hint):
+    message = refusal({"train": {"optimizer": value}})
+    assert f"train.optimizer={json.dumps(value)} must be a" in message
+    assert message.endswith(f"({hint})")
+
+
+@pytest.mark.parametrize(
     ("cls", "values"),
     [
+        (TrainConfig, {"optimizer": "muon", "init": "fan_in"}),
         (ModelConfig, {"T": 1, "C": 2, "H": 1, "L": 1, "d_ff": 1, "V": 1, "dropout": 0}),
         (TrainConfig, {"warmup_steps": 10**6, "total_steps": 1}),
         (TrainConfig, {"min_lr": 0.1, "base_lr": 0.1}),
@@ -438,6 +462,12 @@ def test_overrides_of_the_default_probabilities():
     }
 
 
+@pytest.mark.parametrize("value", ["muon", '"muon"', " muon "])
+def test_a_name_may_be_a_bare_word(value):
+    doc = apply_overrides({}, [f"train.optimizer={value}"])
+    assert doc == {"train": {"optimizer": "muon"}}
+
+
 @given(st.integers(1, 64), probabilities())
 def test_an_override_equals_the_same_value_in_the_file(B, p_train):
     doc = apply_overrides({}, [f"train.B={B}", f"train.p_train={json.dumps(p_train)}"])
@@ -456,6 +486,8 @@ def test_an_override_equals_the_same_value_in_the_file(B, p_train):
         ("train.B=", "not JSON"),
         ("train.B=three", "not JSON"),
         ("train.B=NaN", "NaN"),
+        ("train.optimizer=", "not JSON"),
+        ("train.optimzer=muon", "did you mean train.optimizer"),
         ("train.b_lr=3", "did you mean train.base_lr"),
         ("trian.B=3", "did you mean train"),
         ("train.p_train.wikki=1", "did you mean train.p_train.wiki"),

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 
 from niels_gpt.analysis.replay import differences
 from niels_gpt.checkpoint import load_checkpoint, open_checkpoint
+from niels_gpt.config import OPTIMIZERS
 from niels_gpt.schema import write_payload
 from tests import ROOT
 
@@ -56,11 +58,22 @@ def on_one(niels, arguments):
 
 
 @pytest.fixture(scope="module")
-def two(on_two, tmp_path_factory):
-    out = tmp_path_factory.mktemp("two") / "out"
-    result = on_two("--out", out)
-    assert result.returncode == 0, result.stderr
-    return out
+def two_under(on_two, tmp_path_factory):
+    """Return the folder of a run on two processes under an optimizer."""
+
+    @cache
+    def run(optimizer):
+        out = tmp_path_factory.mktemp("two") / "out"
+        result = on_two("--out", out, "--set", f"train.optimizer={optimizer}")
+        assert result.returncode == 0, result.stderr
+        return out
+
+    return run
+
+
+@pytest.fixture
+def two(two_under):
+    return two_under("adamw")
 
 
 def largest_difference(a, b):
@@ -69,8 +82,10 @@ def largest_difference(a, b):
     return max([d.size for d in differences(a, b) if d.tensor.startswith("params")], default=0.0)
 
 
-def test_two_processes_train_what_one_does(two, on_one, tmp_path):
-    result = on_one("--out", tmp_path / "one")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_two_processes_train_what_one_does(two_under, on_one, tmp_path, optimizer):
+    two = two_under(optimizer)
+    result = on_one("--out", tmp_path / "one", "--set", f"train.optimizer={optimizer}")
     assert result.exit_code == 0, result.output
     names = sorted(p.name for p in tmp_path.joinpath("one").glob("[!.]*"))
     assert sorted(p.name for p in two.glob("[!.]*")) == names

@@ -5,6 +5,7 @@ MPS has no float64, and a machine without MPS cannot show it, so every operation
 
 import re
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from niels_gpt import ModelConfig, TrainConfig, evaluate, make_state, train_step
+from niels_gpt.config import OPTIMIZERS
 from niels_gpt.loss import gradients
 from tests.training import random_batch
 
@@ -37,29 +39,30 @@ class Operations(TorchDispatchMode):
         return out
 
 
-def steps_and_evaluation():
+def steps_and_evaluation(optimizer):
     """A first state, steps over two blocks of rows and of queries, and an evaluation."""
-    state = make_state(CFG, TrainConfig(B=15, eval_steps=1))
+    state = make_state(CFG, TrainConfig(B=15, eval_steps=1, optimizer=optimizer))
     for lr in (0.01, torch.tensor(0.01)):
         state, _ = train_step(state, random_batch(16, 70), lr)
     evaluate(state, bytes(range(256)), 1)
 
 
-def mapped_step():
-    state = make_state(CFG, TrainConfig())
+def mapped_step(optimizer):
+    state = make_state(CFG, TrainConfig(optimizer=optimizer))
     batch, lrs = random_batch(2, 70), torch.tensor([0.01, 0.02])
     torch.func.vmap(lambda lr: train_step(state, batch, lr)[0].params)(lrs)
 
 
 @pytest.fixture(
     scope="module",
-    params=[steps_and_evaluation, mapped_step],
-    ids=lambda work: work.__name__,
+    params=product([steps_and_evaluation, mapped_step], OPTIMIZERS),
+    ids=lambda of: f"{of[0].__name__}-{of[1]}",
 )
 def operations(request):
     """The operations of one piece of work."""
     with Operations() as seen:
-        request.param()
+        work, optimizer = request.param
+        work(optimizer)
     return seen.dtypes
 
 

@@ -7,9 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from niels_gpt import ModelConfig, TrainConfig, TrainState, from_modules, make_state, to_modules
+from niels_gpt import (
+    ModelConfig,
+    TrainConfig,
+    TrainState,
+    config,
+    from_modules,
+    make_state,
+    to_modules,
+)
 from niels_gpt.loss import cross_entropy
-from niels_gpt.model import GPT
+from niels_gpt.model import GPT, blocks
 from niels_gpt.step import train_step
 from tests.strategies import model_configs, train_configs
 from tests.training import (
@@ -47,14 +55,15 @@ def test_the_first_state(model_cfg, train_cfg):
     state = make_state(model_cfg, train_cfg)
     assert state[2:] == (0, model_cfg, train_cfg)
     names = [name for name, _ in GPT(model_cfg).named_parameters()]
+    assert list(state.params) == names
     for tree in state.trees().values():
-        assert list(tree) == names
+        assert list(tree) == [name for name in names if name in tree]
     for name, t in tensors(state).items():
         assert t.dtype == torch.float32
         assert t.is_contiguous()
         assert not t.requires_grad
         assert name.startswith("params/") or not t.any()
-    assert len({t.data_ptr() for t in tensors(state).values()}) == 3 * len(names)
+    assert len({t.data_ptr() for t in tensors(state).values()}) == len(tensors(state))
 
 
 @given(model_configs(), train_configs())
@@ -100,10 +109,29 @@ def test_first_weights_are_normal_with_deviation_a_fiftieth():
             assert torch.equal(p, torch.full_like(p, float("ln" in name and "weight" in name)))
 
 
-def test_first_weights_of_different_tensors_are_different():
-    params = [p.flatten() for p in make_state(SMALL, TrainConfig()).params.values() if p.ndim == 2]
-    firsts = [tuple(p[:8].tolist()) for p in params]
-    assert len(set(firsts)) == len(firsts)
+def test_first_weights_by_fan_in():
+    """In the blocks of variance 1 / fan-in, nothing into the residual stream, the rest as ever."""
+    cfg = ModelConfig(C=128, H=4, L=2, d_ff=256)
+    normal = make_state(cfg, TrainConfig()).params
+    for name, p in make_state(cfg, TrainConfig(init="fan_in")).params.items():
+        if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
+            assert not p.any(), name
+        elif name.endswith(("attn.qkv.weight", "mlp.fc1.weight")):
+            expected, loose = 128**-0.5, 5 / (2 * p.numel()) ** 0.5
+            assert p.std().item() == pytest.approx(expected, rel=loose), name
+        else:
+            assert same_bits(p, normal[name]), name
+
+
+def test_every_initialisation_of_a_config_is_known():
+    assert tuple(blocks.INITS) == config.INITS
+
+
+@pytest.mark.parametrize("init", config.INITS)
+def test_first_weights_of_different_tensors_are_different(init):
+    params = make_state(SMALL, TrainConfig(init=init)).params.values()
+    firsts = [tuple(p.flatten()[:8].tolist()) for p in params if p.ndim == 2 and p.any()]
+    assert len(set(firsts)) == len(firsts) > 4
 
 
 def test_first_weights_never_change():
@@ -166,10 +194,11 @@ def test_an_untouched_optimizer_is_a_state_of_no_steps():
     assert not any(t.any() for tree in state.opt_state for t in tree.values())
 
 
-def test_either_side_continues_the_same_trajectory():
+@pytest.mark.parametrize("optimizer", config.OPTIMIZERS)
+def test_either_side_continues_the_same_trajectory(optimizer):
     """Convert back and forth every three steps; the plain loop runs alongside."""
-    model, optimizer = to_modules(make_state(PLAIN, TrainConfig()))
-    state = make_state(PLAIN, TrainConfig())
+    state = make_state(PLAIN, TrainConfig(optimizer=optimizer))
+    model, optimizer = to_modules(state)
     for k in range(9):
         batch, lr = random_batch(seed=k), 0.002 * (k + 1)
         imperative_step(model, optimizer, batch, lr=lr)

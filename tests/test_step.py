@@ -217,11 +217,13 @@ def test_the_seed_and_the_step_decide_the_dropout():
 # --- parity -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grad_clip", [0.05, 1.0, 100.0])
-def test_without_dropout_the_trajectory_is_the_plain_loops(grad_clip):
-    """24 steps of GPT, clip_grad_norm_ and torch.optim.AdamW, on batches of several row blocks."""
+@pytest.mark.parametrize(
+    ("grad_clip", "name"), [(0.05, "adamw"), (1.0, "adamw"), (100.0, "adamw"), (1.0, "muon")]
+)
+def test_without_dropout_the_trajectory_is_the_plain_loops(grad_clip, name):
+    """24 steps of GPT, clip_grad_norm_ and the torch.optim form, on batches of several blocks."""
     cfg = dataclasses.replace(PLAIN, T=80)
-    state = make_state(cfg, TrainConfig(grad_clip=grad_clip))
+    state = make_state(cfg, TrainConfig(grad_clip=grad_clip, optimizer=name))
     model, optimizer = to_modules(state)
     clipped = 0
     for k in range(24):
@@ -235,7 +237,7 @@ def test_without_dropout_the_trajectory_is_the_plain_loops(grad_clip):
     assert_close_trees(state.params, theirs, rtol=1e-3, atol=1e-4)
     moments = {n: optimizer.state[p] for n, p in model.named_parameters()}
     for field, tree in state.opt_state._asdict().items():
-        assert_close_trees(tree, {n: m[field] for n, m in moments.items()}, atol=1e-5)
+        assert_close_trees(tree, {n: moments[n][field] for n in tree}, atol=1e-5)
     assert {int(m["step"]) for m in moments.values()} == {state.step} == {24}
     assert (clipped > 0) == (grad_clip < 100)
     assert loss < 4.8  # from ln 256 towards ln 40
@@ -302,10 +304,10 @@ def member(state, i):
     return map_tensors(lambda t: t[i], state)
 
 
-@pytest.mark.parametrize("cfg", [SMALL, PLAIN], ids=["dropout", "plain"])
-def test_a_mapped_step_is_each_members_own(cfg):
+@pytest.mark.parametrize(("cfg", "name"), [(SMALL, "adamw"), (PLAIN, "adamw"), (PLAIN, "muon")])
+def test_a_mapped_step_is_each_members_own(cfg, name):
     """Stacked states and mapped learning rates, over several blocks of rows."""
-    alone = [trained_state(cfg, steps=k)._replace(step=1) for k in (1, 2, 3)]
+    alone = [trained_state(cfg, steps=k, optimizer=name)._replace(step=1) for k in (1, 2, 3)]
     stacked, lrs = stack(alone), torch.tensor([0.0, 0.01, 0.1])
     step = vmap(train_step, in_dims=(AXES, None, 0), out_dims=(AXES, 0))
     for k in range(3):

@@ -15,6 +15,7 @@ from niels_gpt import ModelConfig, TrainConfig, paths, streams, to_modules
 from niels_gpt.checkpoint import load_checkpoint, open_checkpoint
 from niels_gpt.files.torchfile import read_torch_file
 from niels_gpt.run.metrics import CLOCK_FIELDS
+from niels_gpt.schema import write_payload
 from niels_gpt.train import main
 from tests import ROOT, SHARED
 
@@ -131,11 +132,15 @@ def test_same_config_same_bytes(train, tmp_path):
     assert log_lines(first) == log_lines(second)
 
 
+MUON = ("--set", "train.optimizer=muon", "--set", "train.init=fan_in")
+
+
+@pytest.mark.parametrize("more", [(), MUON], ids=["adamw", "muon"])
 @pytest.mark.parametrize("name", ["step_0000002.pt", "step_0000004.pt", "best.pt", "latest.pt"])
-def test_a_resume_from_any_checkpoint_ends_in_the_same_bytes(train, tmp_path, name):
-    train("--out", tmp_path / "whole")
+def test_a_resume_from_any_checkpoint_ends_in_the_same_bytes(train, tmp_path, name, more):
+    train("--out", tmp_path / "whole", *more)
     whole = contents(tmp_path / "whole"), metrics(tmp_path / "whole")
-    result = train("--resume", tmp_path / "whole" / name)
+    result = train("--resume", tmp_path / "whole" / name, *more)
     assert result.exit_code == 0, result.stderr
     assert (contents(tmp_path / "whole"), metrics(tmp_path / "whole")) == whole
 
@@ -211,7 +216,7 @@ def test_resume_latest_takes_the_newest_good_one_and_says_what_it_skipped(train,
     whole = contents(out)
     for name in ("latest.pt", "best.pt", "step_0000006.pt"):
         data = bytearray(whole[name])
-        data[len(data) // 2] ^= 1
+        data[data.index(b"digest")] ^= 1
         (out / name).write_bytes(data)
     result = train("--resume", "latest", "--out", out)
     assert result.exit_code == 0, result.stderr
@@ -290,6 +295,7 @@ def test_resuming_on_other_text_is_refused_unless_allowed(train, tmp_path, texts
         (["--set", "model.H=3"], ["H=3", "C=8"]),
         (["--set", "train.totl_steps=1"], ["totl_steps", "total_steps"]),
         (["--set", "model.T=true"], ["model.T", "true"]),
+        (["--set", "train.optimizer=moun"], ["train.optimizer", "moun", "did you mean muon?"]),
         (["--set", "train.min_lr=1"], ["min_lr", "base_lr"]),
         (["--set", 'train.p_train={"wiki":0.5}'], ["p_train", "0.5"]),
         (["--set", "model.T=100000"], ["too short", "100000"]),
@@ -323,6 +329,32 @@ def test_a_model_of_another_shape_is_refused_with_a_line_per_field(train, tmp_pa
     assert "16" in result.stderr
 
 
+@pytest.mark.parametrize(("first", "then"), [((), MUON), (MUON, ())], ids=["muon", "adamw"])
+def test_a_resume_under_another_optimizer_is_refused_with_both_names(train, tmp_path, first, then):
+    train("--out", tmp_path / "out", "--set", "train.total_steps=1", *first)
+    before = contents(tmp_path / "out")
+    result = train("--resume", tmp_path / "out" / "latest.pt", *then)
+    assert result.exit_code == 2
+    assert "adamw" in result.stderr
+    assert "muon" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_checkpoint_of_a_version_without_the_names_resumes_exactly(train, tmp_path):
+    out = tmp_path / "out"
+    train("--out", out)
+    whole, path = contents(out), out / "step_0000004.pt"
+    payload = load_checkpoint(path, device="cpu")
+    for key in ("optimizer", "init"):
+        del payload["train_cfg"][key]
+    write_payload([path], payload)
+    result = train("--resume", path)
+    assert result.exit_code == 0, result.stderr
+    assert "in the checkpoint, now" not in result.stderr
+    assert contents(out) == {**whole, path.name: path.read_bytes()}
+
+
 def test_a_second_run_in_the_same_folder_is_refused_with_the_pid_of_the_first(train, tmp_path):
     from niels_gpt.files.durable import lock_folder
 
@@ -344,14 +376,17 @@ def test_notes_that_are_absent_are_left_out_and_that_is_said(train, tmp_path, mo
     assert sorted(sources["train"]) == ["primer", "wiki"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("number", "more"),
+    [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGHUP, ()), (signal.SIGTERM, MUON)],
+)
 def test_a_signal_saves_and_exits_with_its_code_and_the_resume_is_exact(
-    train, config, texts, tmp_path, number
+    train, config, texts, tmp_path, number, more
 ):
-    train("--out", tmp_path / "whole")
+    train("--out", tmp_path / "whole", *more)
     command = [sys.executable, "-m", "tests.reliability.signalled", "step", "3", int(number)]
     command += ["train", "--config", config, "--device", "cpu", "--out", tmp_path / "out"]
-    command += ["--wiki", texts / "wiki", "--roam", texts / "notes"]
+    command += ["--wiki", texts / "wiki", "--roam", texts / "notes", *more]
     process = subprocess.run(
         [*map(str, command)],
         capture_output=True,
@@ -365,7 +400,7 @@ def test_a_signal_saves_and_exits_with_its_code_and_the_resume_is_exact(
     assert "Traceback" not in err
     stopped = load_checkpoint(tmp_path / "out" / "latest.pt", device="cpu")
     assert 1 <= stopped["step"] < 7
-    assert train("--resume", tmp_path / "out" / "latest.pt").exit_code == 0
+    assert train("--resume", tmp_path / "out" / "latest.pt", *more).exit_code == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")
 

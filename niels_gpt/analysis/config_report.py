@@ -23,9 +23,9 @@ class Setting(NamedTuple):
     """One value of a config."""
 
     key: str  # as `--set` takes it, e.g. "train.p_train.wiki"
-    value: float
+    value: float | str
     origin: str  # `DEFAULT`, the config file, or `OVERRIDE`
-    default: float | None  # None for a source that the default does not have
+    default: float | str | None  # None for a source that the default does not have
     meaning: str
 
 

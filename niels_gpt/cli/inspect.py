@@ -194,7 +194,10 @@ def _curvature_lines(curvature: Curvature, state: TrainState) -> list[str]:
         f"lr {curvature.plain_lr:.3g}",
     ]
     if adam is None or adam_lr is None:
-        lines += ["  AdamW              unknown, because the checkpoint has no moments"]
+        why = "the checkpoint has no moments"
+        if (optimizer := state.train_cfg.optimizer) != "adamw":
+            why = f"the optimizer of the run is {optimizer}"
+        lines += [f"  AdamW              unknown, because {why}"]
     else:
         lines += [
             f"  as AdamW sees it   {_eigenvalue(adam)}; AdamW is stable up to lr {adam_lr:.3g}",

@@ -1,18 +1,20 @@
 """Optimizers as values: pure functions on trees, as in optax.
 
 All use plain tensor operations: fused and foreach kernels cannot be vmapped. To add an optimizer,
-write a module with the three functions of `adamw` and add a line to `OPTIMIZERS`.
+write a module with `init`, `update` and `torch_optim` as in `adamw`, and name it in
+`config.OPTIMIZERS`.
 """
 
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from niels_gpt.config import OPTIMIZERS as NAMES
 from niels_gpt.config import TrainConfig
-from niels_gpt.optim import adamw
 from niels_gpt.optim.clip import clip_by_global_norm
 from niels_gpt.optim.trees import Tree
 
@@ -27,12 +29,16 @@ class Optimizer(NamedTuple):
     torch_optim: Callable[..., torch.optim.Optimizer]  # (name -> parameter, *, lr, weight_decay)
 
 
-OPTIMIZERS = {"adamw": Optimizer(adamw.init, adamw.update, adamw.torch_optim)}
+def _optimizer_in(module: Any) -> Optimizer:
+    return Optimizer(module.init, module.update, module.torch_optim)
+
+
+OPTIMIZERS = {name: _optimizer_in(import_module(f"{__name__}.{name}")) for name in NAMES}
 
 
 def optimizer_of(cfg: TrainConfig) -> Optimizer:
     """Return the optimizer of a run."""
-    return OPTIMIZERS["adamw"]
+    return OPTIMIZERS[cfg.optimizer]
 
 
 def state_fields() -> set[str]:
@@ -88,17 +94,31 @@ def from_entries(entries: Mapping[str, Mapping[str, Any]], initial: OptState) ->
         initial: `init(params)`, which determines the keys of an entry.
 
     Raises:
-        ValueError: if an entry has other keys.
+        ValueError: if an entry has other keys; it names both optimizers if both are known.
     """
-    for name, entry in entries.items():
-        expected = {"step", *(f for f, tree in initial._asdict().items() if name in tree)}
-        if expected != entry.keys():
-            raise ValueError(
-                "the optimizer state is from another optimizer: it has "
-                f"{reprlib.repr(sorted(entry, key=str))} for {name}, not {sorted(expected)}"
-            )
+    if misfit := _misfit(entries, initial):
+        params = {name: zero for tree in initial for name, zero in tree.items()}
+        fresh = {name: optimizer.init(params) for name, optimizer in OPTIMIZERS.items()}
+        for name, other in fresh.items():
+            if not _misfit(entries, other):
+                wanted = next(n for n, own in fresh.items() if type(own) is type(initial))
+                raise ValueError(
+                    f"the optimizer state is that of {name}, but train.optimizer is {wanted}: "
+                    f"set it to {name} to continue"
+                )
+        raise ValueError(f"the optimizer state is from another optimizer: it has {misfit}")
     trees = {
         field: {name: entries[name][field] for name in tree}
         for field, tree in initial._asdict().items()
     }
     return type(initial)(**trees)
+
+
+def _misfit(entries: Mapping[str, Mapping[str, Any]], initial: OptState) -> str | None:
+    """Describe the first entry whose keys are not those of a state such as `initial`."""
+    for name, entry in entries.items():
+        expected = {"step", *(f for f, tree in initial._asdict().items() if name in tree)}
+        if expected != entry.keys():
+            found = reprlib.repr(sorted(entry, key=str))
+            return f"{found} for {name}, not {sorted(expected)}"
+    return None

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from niels_gpt import make_state, train_step
 from niels_gpt.analysis import replay
 from niels_gpt.checkpoint import checkpoint_of, load_checkpoint, open_checkpoint, write_checkpoint
 from niels_gpt.cli import main
+from niels_gpt.config import OPTIMIZERS
 from niels_gpt.corpus import advance, next_batch, open_corpus
 from niels_gpt.loss import gradients
 from niels_gpt.optim.clip import clip_by_global_norm
@@ -40,14 +42,26 @@ CONFIG = {
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory, texts):
-    root = tmp_path_factory.mktemp("run")
-    (root / "config.json").write_text(json.dumps(CONFIG))
-    args = ["--config", root / "config.json", "--out", root / "out", "--device", "cpu"]
-    args += ["--wiki", texts / "wiki", "--roam", texts / "notes"]
-    result = CliRunner().invoke(main, ["train", *map(str, args)])
-    assert result.exit_code == 0, result.output
-    return root / "out"
+def run_under(tmp_path_factory, texts):
+    """Return the output folder of a run under an optimizer."""
+
+    @cache
+    def run(optimizer):
+        root = tmp_path_factory.mktemp("run")
+        (root / "config.json").write_text(json.dumps(CONFIG))
+        args = ["--config", root / "config.json", "--out", root / "out", "--device", "cpu"]
+        args += ["--wiki", texts / "wiki", "--roam", texts / "notes"]
+        args += ["--set", f"train.optimizer={optimizer}"]
+        result = CliRunner().invoke(main, ["train", *map(str, args)])
+        assert result.exit_code == 0, result.output
+        return root / "out"
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole_run(run_under):
+    return run_under("adamw")
 
 
 @pytest.fixture
@@ -89,7 +103,9 @@ def flip_lowest_bit(name, place, kind="model_state"):
 # --- a stretch of a run ------------------------------------------------------------------------
 
 
-def test_a_run_taken_again_is_identical_from_every_start(run, again):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_taken_again_is_identical_from_every_start(run_under, again, optimizer):
+    run = run_under(optimizer)
     for start in (["--from", run / "step_0000003.pt"], ["--from", run / "best.pt"], []):
         result = again(*start, "--to", run / "latest.pt")
         assert result.exit_code == 0, result.output

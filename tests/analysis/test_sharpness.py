@@ -15,7 +15,7 @@ from niels_gpt.optim import optimizer_of
 from niels_gpt.optim.trees import to_tree, to_vector
 from niels_gpt.state import empty_model
 from tests.analysis.plain import STREAM, TINY
-from tests.training import copy_of, random_batch, same_state
+from tests.training import copy_of, random_batch, same_state, trained_state
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,13 @@ def test_without_moments_the_sharpness_under_adam_is_not_known(state):
     corpus = Corpus({"s": STREAM}, {}, {"s": 1.0}, seed=42, B=state.train_cfg.B, T=TINY.T)
     found = sharpness.curvature(lost, corpus, iterations=3)
     assert (found.adam, found.adam_lr) == (None, None)
+
+
+def test_under_muon_the_sharpness_under_adam_is_not_known():
+    corpus = Corpus({"s": STREAM}, {}, {"s": 1.0}, seed=42, B=4, T=TINY.T)
+    found = sharpness.curvature(trained_state(TINY, B=4, optimizer="muon"), corpus, iterations=3)
+    assert (found.adam, found.adam_lr) == (None, None)
+    assert found.plain.value > 0
 
 
 def test_sharpness_is_the_largest_eigenvalue_of_the_matrix(state, whole_hessian):

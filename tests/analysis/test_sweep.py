@@ -43,10 +43,16 @@ def largest_difference(a, b):
     return max((d.size for d in differences(a, b) if d.tensor.startswith("params")), default=0.0)
 
 
-@pytest.fixture(scope="module", params=[PLAIN, SMALL], ids=["plain", "dropout"])
+@pytest.fixture(
+    scope="module",
+    params=[(PLAIN, "adamw"), (SMALL, "adamw"), (PLAIN, "muon")],
+    ids=["plain", "dropout", "muon"],
+)
 def both(request):
-    together = sweep.train_together(request.param, GRID, TEXT)
-    return together, sweep.train_alone(request.param, GRID, TEXT)
+    model_cfg, name = request.param
+    cfgs = [replace(cfg, optimizer=name) for cfg in GRID]
+    together = sweep.train_together(model_cfg, cfgs, TEXT)
+    return together, sweep.train_alone(model_cfg, cfgs, TEXT)
 
 
 def test_each_model_of_a_sweep_equals_its_solo_run(both):

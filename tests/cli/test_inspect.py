@@ -41,6 +41,19 @@ def test_one_part_alone_as_json_has_every_note_by_name(inspect):
     assert inspect("--only", "documents", "--json").stdout == result.stdout
 
 
+def test_under_muon_the_sharpness_is_told_without_adamws_part(niels, texts, tmp_path):
+    config = tmp_path / "config.json"
+    model = {"T": 12, "C": 8, "L": 1, "H": 2, "d_ff": 8}
+    train = {"B": 4, "total_steps": 3, "eval_steps": 1, "optimizer": "muon", "init": "fan_in"}
+    config.write_text(json.dumps({"model": model, "train": train}))
+    where = ["--wiki", texts / "wiki", "--roam", texts / "notes"]
+    niels("train", "--config", config, "--out", tmp_path, *where, "--device", "cpu")
+    result = niels("inspect", "--ckpt", tmp_path / "latest.pt", *where, "--iterations", 2)
+    assert result.exit_code == 0, result.output
+    assert "because the optimizer of the run is muon" in result.stdout
+    assert "stable up to lr" in result.stdout
+
+
 def test_other_text_and_missing_files_are_refused(niels, texts, ckpt):
     result = niels("inspect", "--ckpt", ckpt, "--wiki", texts / "wiki")
     assert result.exit_code == 2

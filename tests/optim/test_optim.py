@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import vmap
 
-from niels_gpt import ModelConfig, TrainConfig
+from niels_gpt import ModelConfig, TrainConfig, config
 from niels_gpt.optim import (
     OPTIMIZERS,
     clipped_update,
@@ -191,5 +191,17 @@ def test_entries_hold_the_whole_state(name):
         from_entries(entries, initial)
 
 
+def test_the_state_of_another_is_refused_with_both_names(name):
+    params, opt_state = trained(OPTIMIZERS[name])
+    entries = to_entries(opt_state, params, 2)
+    for other in OPTIMIZERS.keys() - {name}:
+        with pytest.raises(
+            ValueError, match=rf"is that of {name}, but train\.optimizer is {other}"
+        ):
+            from_entries(entries, OPTIMIZERS[other].init(params))
+
+
 def test_a_config_names_one_of_the_table(name):
+    assert tuple(OPTIMIZERS) == config.OPTIMIZERS
+    assert optimizer_of(TrainConfig(optimizer=name)) is OPTIMIZERS[name]
     assert optimizer_of(TrainConfig()) is OPTIMIZERS["adamw"]

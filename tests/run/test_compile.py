@@ -1,6 +1,7 @@
 """The compiled step: used only if it agrees with the eager one."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from niels_gpt import ModelConfig, TrainConfig, make_state, train_step
 from niels_gpt.checkpoint import load_checkpoint
+from niels_gpt.config import OPTIMIZERS
 from niels_gpt.loss import block_gradients
 from niels_gpt.optim import clipped_update
 from niels_gpt.run import compile as compiled
@@ -22,6 +24,12 @@ TRAIN = TrainConfig(B=4, base_lr=0.1)
 @pytest.fixture
 def state():
     return make_state(MODEL, TRAIN)
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def any_state(request):
+    """A state of each optimizer."""
+    return make_state(MODEL, replace(TRAIN, optimizer=request.param))
 
 
 @pytest.fixture
@@ -73,19 +81,19 @@ def test_what_differs_or_fails_is_not_used_and_that_is_said(
     assert "\n" not in said[0]
 
 
-def test_what_agrees_is_used(state, batch, monkeypatch):
+def test_what_agrees_is_used(any_state, batch, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
     said = []
-    step, is_compiled = choose_step(state, batch, said.append)
+    step, is_compiled = choose_step(any_state, batch, said.append)
     assert is_compiled
     assert "used" in said[0]
-    found, expected = step(state, batch, 1e-3)[0], train_step(state, batch, 1e-3)[0]
+    found, expected = (each(any_state, batch, 1e-3)[0] for each in (step, train_step))
     pairs = zip(found.opt_state, expected.opt_state, strict=True)
     assert all(tree_difference(*pair) == 0 for pair in pairs)
 
 
-def test_the_real_compiler_gives_the_same_steps(state, batch):
-    eager, fast = state, state
+def test_the_real_compiler_gives_the_same_steps(any_state, batch):
+    eager, fast = any_state, any_state
     step = compile_step()
     for _ in range(3):
         eager, expected = train_step(eager, batch, 1e-2)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from niels_gpt import ModelConfig, TrainConfig
+from niels_gpt.config import OPTIMIZERS
 from niels_gpt.run.dry_run import costs, duration, estimate, size
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.plan import make_plan
@@ -53,8 +54,10 @@ def test_evaluations_are_counted_as_the_loop_makes_them(total, every, done):
     assert _evaluations(cfg, done) == len(due)
 
 
-def test_costs_hold_together(texts, tmp_path):
-    plan = plan_of(texts, tmp_path / "out", total_steps=100, eval_every=30)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_costs_hold_together(texts, tmp_path, optimizer):
+    sizes = {"total_steps": 100, "eval_every": 30}
+    plan = plan_of(texts, tmp_path / "out", optimizer=optimizer, **sizes)
     c = costs(plan)
     assert c["parameters"] == sum(p.numel() for p in plan.state.params.values())
     assert c["text_bytes_per_step"] == 32

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from niels_gpt import ModelConfig, TrainConfig, evaluate, make_state, train_step
+from niels_gpt.config import OPTIMIZERS
 from niels_gpt.lr_schedule import lr_at_step
 from niels_gpt.run.loop import NonFiniteError, Ports, Scores, evaluation_due, run
 from niels_gpt.run.stop import Stopped
@@ -116,9 +117,14 @@ def test_best_is_the_lowest_validation_loss_and_never_older_than_latest_knows():
 
 
 @settings(max_examples=15)  # whole runs
-@given(cut=st.integers(1, 6), every=st.integers(1, 4), ckpt=st.integers(1, 4))
-def test_a_stopped_run_resumed_ends_like_one_that_was_not(cut, every, ckpt):
-    cfg = config(eval_every=every, ckpt_every=ckpt)
+@given(
+    cut=st.integers(1, 6),
+    every=st.integers(1, 4),
+    ckpt=st.integers(1, 4),
+    optimizer=st.sampled_from(OPTIMIZERS),
+)
+def test_a_stopped_run_resumed_ends_like_one_that_was_not(cut, every, ckpt, optimizer):
+    cfg = config(eval_every=every, ckpt_every=ckpt, optimizer=optimizer)
     whole = World(cfg)
     run(make_state(MODEL, cfg), Scores(), whole.ports())
 
