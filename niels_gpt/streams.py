@@ -152,33 +152,48 @@ def build_sources(cfg: StreamBuildConfig | None = None) -> tuple[Sources, Source
     missing: dict[str, str] = {}
     messages: list[str] = []
     for source in cfg.enabled_sources:
-        required, named = source in cfg.required_sources, source in cfg.places
         try:
-            built_train, built_val = _build(source, cfg, messages)
-            if required and not built_val.stream:
-                raise Unavailable("its validation split would be empty: too few documents")
-        except (Unavailable, OSError) as why:
-            if named or (required and not cfg.allow_missing_sources):
-                raise RuntimeError(_cannot_build(source, why)) from why
+            train[source], built_val = _long_enough(source, cfg, messages)
+        except Unavailable as why:
             missing[source] = str(why)
             continue
-        if short := _too_short(built_train, "train", cfg.T):
-            if required or named:
-                raise ValueError(f"source {source!r}, {short}")
-            missing[source] = short
-            continue
-        train[source] = built_train
-        short = _too_short(built_val, "val", cfg.T)
-        if short and required:
-            raise ValueError(f"source {source!r}, {short}")
-        if not short:
+        if built_val is not None:
             val[source] = built_val
-        else:
-            messages.append(
-                f"{source}: its validation split has {len(built_val.stream)} bytes, fewer than "
-                f"T+1={cfg.T + 1}, so it is used for training only"
-            )
     return Sources(train, missing, messages), Sources(val, missing, messages)
+
+
+def _long_enough(
+    source: str, cfg: StreamBuildConfig, messages: list[str]
+) -> tuple[Built, Built | None]:
+    """Build a source; return its train split, and its val split unless that is too short.
+
+    Raises:
+        Unavailable: if it is to be left out; the text says why.
+        RuntimeError, ValueError: if it must not be, as `build_sources`.
+    """
+    required, named = source in cfg.required_sources, source in cfg.places
+    try:
+        train, val = _build(source, cfg, messages)
+        if required and not val.stream:
+            raise Unavailable("its validation split would be empty: too few documents")
+    except (Unavailable, OSError) as why:
+        if named or (required and not cfg.allow_missing_sources):
+            raise RuntimeError(_cannot_build(source, why)) from why
+        raise Unavailable(str(why)) from why
+    if short := _too_short(train, "train", cfg.T):
+        if required or named:
+            raise ValueError(f"source {source!r}, {short}")
+        raise Unavailable(short)
+    short = _too_short(val, "val", cfg.T)
+    if not short:
+        return train, val
+    if required:
+        raise ValueError(f"source {source!r}, {short}")
+    messages.append(
+        f"{source}: its validation split has {len(val.stream)} bytes, fewer than "
+        f"T+1={cfg.T + 1}, so it is used for training only"
+    )
+    return train, None
 
 
 def build_train_val_sources(

@@ -80,9 +80,8 @@ def main(
 ) -> None:
     """Train a model for each learning rate, weight decay and seed, and compare them.
 
-    All models of a group are trained at once. Seeds count up from the config's; they change
-    initial weights, batches and dropout, not the text or the evaluation windows. `min_lr` keeps
-    its ratio to the learning rate.
+    All models of a group are trained at once. Seeds count up from the config's; they change initial
+    weights, batches and dropout, not the text. `min_lr` keeps its ratio to the learning rate.
     """
     _refuse_without_effect(dry_run, solo)
     with exit_on_failure(2):
@@ -104,8 +103,7 @@ def main(
         return console.result({"cost": cost}, [_cost_line(cost, solo)], as_json=as_json)
     console.warn(_cost_line(cost, solo))
     with exit_on_failure(1):
-        found = _train(model_cfg, groups, corpus, device, solo)
-        _report(cost, found, picture, as_json)
+        _report(cost, _train(model_cfg, groups, corpus, device, solo), picture, as_json)
 
 
 def _refuse_without_effect(dry_run: bool, solo: bool) -> None:

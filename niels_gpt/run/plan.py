@@ -69,17 +69,7 @@ def make_plan(model_cfg: ModelConfig, train_cfg: TrainConfig, options: TrainOpti
     inherited = resumed.environment.get("compile", False) if resumed else None
     compiled, why = choose_compile(options.compile, inherited, device, model_cfg, train_cfg)
     environment = describe_environment(device, compiled)
-    scores, has_best = Scores(), False
-    records: list[Record] = []
-    if resumed is not None:
-        if changes := data_changes(resumed.sources, corpus.record):
-            _refuse_unless(options.allow_data_change, resumed.path, changes)
-            messages += changes
-        messages += environment_changes(resumed.environment, environment)
-        scores, has_best, told = resumed_scores(resumed, output_folder(options), corpus.record)
-        logged = resumed.path.with_name(METRICS)
-        records = records_until(read_metrics(logged), state.step, resumed.scores.val_step)
-        messages += [*told, *damage_in(logged)]
+    scores, has_best, records, told = _past(resumed, options, corpus, environment)
     return Plan(
         state=state,
         scores=scores,
@@ -90,8 +80,31 @@ def make_plan(model_cfg: ModelConfig, train_cfg: TrainConfig, options: TrainOpti
         environment=environment,
         why_compile=why,
         resumed=resumed,
-        messages=[*messages, *schedule_messages(train_cfg), *corpus.messages],
+        messages=[*messages, *told, *schedule_messages(train_cfg), *corpus.messages],
     )
+
+
+def _past(
+    resumed: Checkpoint | None,
+    options: TrainOptions,
+    corpus: Corpus,
+    environment: Mapping[str, Any],
+) -> tuple[Scores, bool, list[Record], list[str]]:
+    """Return the scores and records to continue, whether `best.pt` is there, and messages.
+
+    Raises:
+        ValueError: if the text is not that of the checkpoint, unless that is allowed.
+    """
+    if resumed is None:
+        return Scores(), False, [], []
+    changes = data_changes(resumed.sources, corpus.record)
+    if changes:
+        _refuse_unless(options.allow_data_change, resumed.path, changes)
+    scores, has_best, told = resumed_scores(resumed, output_folder(options), corpus.record)
+    logged = resumed.path.with_name(METRICS)
+    records = records_until(read_metrics(logged), resumed.step, resumed.scores.val_step)
+    changes += environment_changes(resumed.environment, environment)
+    return scores, has_best, records, [*changes, *told, *damage_in(logged)]
 
 
 def _check_size(model_cfg: ModelConfig, train_cfg: TrainConfig) -> None:
