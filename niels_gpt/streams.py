@@ -20,6 +20,7 @@ from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.data import cache
 from niels_gpt.data.primer import DIALOGUE_DELIM
 from niels_gpt.data.recipe import (
+    WITHOUT_MACHINE_LINES,
     Made,
     Reading,
     Recipe,
@@ -62,6 +63,7 @@ class StreamBuildConfig:
     wiki_fallback: bool = False
     write_cache: bool = True
     fetch: bool = True
+    skip_machine_lines: bool | None = None  # of notes; None: as a checkpoint has it, else no
     places: Mapping[str, str | Path] = field(default_factory=dict)  # by source
 
 
@@ -76,7 +78,27 @@ def locate(places: Mapping[str, str | Path], *, write_cache: bool = True) -> Str
     for name, place in places.items():
         check_place(name, place)
     enabled = dict.fromkeys([*StreamBuildConfig.enabled_sources, *places])
-    return StreamBuildConfig(places=places, enabled_sources=tuple(enabled), write_cache=write_cache)
+    return StreamBuildConfig(
+        places=places,
+        enabled_sources=tuple(enabled),
+        write_cache=write_cache,
+        skip_machine_lines=getattr(places, "skip_machine_lines", None),
+    )
+
+
+def as_recorded(
+    cfg: StreamBuildConfig, records: Mapping[str, Mapping[str, Mapping[str, Any]]] | None
+) -> StreamBuildConfig:
+    """Read text as that of a checkpoint was read, where the user has not said how.
+
+    Args:
+        records: of the checkpoint: split -> source -> `SourceInfo.record`.
+    """
+    if cfg.skip_machine_lines is not None or records is None:
+        return cfg
+    origins = [str(info.get("origin")) for split in records.values() for info in split.values()]
+    skip = any(origin.endswith(WITHOUT_MACHINE_LINES) for origin in origins)
+    return replace(cfg, skip_machine_lines=skip)
 
 
 class SourceInfo(NamedTuple):
@@ -293,6 +315,7 @@ def reading(source: str, cfg: StreamBuildConfig) -> Reading:
         val_frac=0.1,
         load_wikitext=load_wikitext if cfg.fetch else None,
         fallback=cfg.wiki_fallback,
+        skip_machine_lines=bool(cfg.skip_machine_lines),
     )
     own: dict[str, dict[str, Any]] = {
         "wiki": {"place": cfg.wiki_root or ""},
@@ -358,6 +381,7 @@ def _make(
             except OSError as error:
                 messages.append(f"cache: {error}; the streams are rebuilt each time")
     train_stream, val_stream = streams
+    messages += [f"{source}: {message}" for message in _told(train_stream.report)]
     return _built(recipe, train_stream, unread), _built(recipe, val_stream, unread)
 
 
@@ -371,6 +395,21 @@ def _cached(
         return None
     streams = [stream for stream in found if stream is not None]
     return streams if len(streams) == len(found) else None
+
+
+def altered(report: Mapping[str, Any]) -> list[Remark]:
+    """Return the files that are not plain UTF-8; whatever else a cached report has is ignored."""
+    pairs = [pair for pair in _list(report, "altered") if isinstance(pair, list)]
+    return [Remark(*map(str, pair)) for pair in pairs if len(pair) == len(Remark._fields)]
+
+
+def _told(report: Mapping[str, Any]) -> list[str]:
+    return [*tell("not plain UTF-8", altered(report)), *map(str, _list(report, "messages"))]
+
+
+def _list(report: Mapping[str, Any], key: str) -> list[Any]:
+    value = report.get(key)
+    return value if isinstance(value, list) else []
 
 
 def _is_spared(folder: Path, names: list[str], recipe: Recipe) -> bool:

@@ -14,7 +14,9 @@ import pytest
 
 from tests import ROOT
 
-READERS = "data.split data.recipe data.roam data.primer data.python_docs data.wiki data.sources"
+READERS = (
+    "data.split data.text data.recipe data.roam data.primer data.python_docs data.wiki data.sources"
+)
 MATHS_ROOMS = "model optim state loss step eval"
 # From the bottom up; a module is in the room of its folder.
 ROOMS = f"""

@@ -1,5 +1,6 @@
 """Laws of the streams: their content, the origin of the wiki text, and an honest cache."""
 
+import codecs
 import errno
 import hashlib
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tracemalloc
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +52,7 @@ def home(tmp_path, monkeypatch):
         note.write_bytes(f"# Note {i}\r\nsome text of note {i}\n".encode())
     (tmp_path / "primer.txt").write_text(DIALOGUE_DELIM.join(DIALOGUES))
     (tmp_path / "wiki").mkdir()
-    (tmp_path / "wiki/train.txt").write_bytes(b"The train text, with a bad byte: \xff\r\n" * 9)
+    (tmp_path / "wiki/train.txt").write_bytes("The train text, with a line end: é\r\n".encode() * 9)
     (tmp_path / "wiki/val.txt").write_bytes(b"The val text.\n" * 3)
     monkeypatch.setattr(paths, "REPO_ROOT", tmp_path)
     monkeypatch.setattr(streams, "load_wikitext", no_wikitext)
@@ -116,7 +118,7 @@ def test_each_stream_holds_its_source_and_the_splits_part_it_by_document(home):
     assert train["wiki"] == (home / "wiki/train.txt").read_bytes()
     assert val["wiki"] == (home / "wiki/val.txt").read_bytes()
 
-    notes = [path.read_bytes() for path in (home / "notes").rglob("*.md")]
+    notes = [path.read_text().encode() for path in (home / "notes").rglob("*.md")]  # \n for \r\n
     halves = [half["roam"].split(b"\n\n#") for half in (train, val)]
     assert [len(half) for half in halves] == [18, 2]
     assert sorted(b"#" + n.strip(b"#\n") for half in halves for n in half) == sorted(
@@ -182,6 +184,110 @@ def test_left_out_notes_are_told_except_those_left_out_by_design(home):
     train, val = build_sources(config(home))
     assert train.messages == val.messages
     assert "gone.md: No such file" in train.messages[0]
+
+
+# --- text as files hold it ---------------------------------------------------------------------
+
+
+def in_roam(cfg):
+    """Return the streams of the notes together, and what is told of them."""
+    train, val = build_sources(cfg)
+    assert build_sources(cfg)[0].messages == train.messages  # from the cache
+    return train["roam"] + cfg.doc_separator.encode() + val["roam"], train.messages
+
+
+ODD = {
+    "utf-8 with a mark": ("déjà vu\r\n".encode("utf-8-sig"), ""),
+    "utf-16": (
+        codecs.BOM_UTF16_BE + "déjà vu\r".encode("utf-16-be"),
+        "UTF-16-BE, converted to UTF-8",
+    ),
+    "old mac": ("déjà vu\r".encode(), ""),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_note_is_text_however_its_file_spells_it(home, odd):
+    data, problem = ODD[odd]
+    (home / "notes/odd.md").write_bytes(data)
+    stream, messages = in_roam(config(home))
+    assert "déjà vu\n".encode() in stream
+    assert b"\r" not in stream
+    assert "\ufeff".encode() not in stream
+    told = f"roam: 1 not plain UTF-8: {home / 'notes/odd.md'}: {problem}"
+    assert messages == ([told] if problem else [])
+
+
+def test_what_is_not_utf8_is_told_of_every_source(home):
+    latin = "user: déjà vu\n".encode("latin-1")
+    (home / "notes/odd.md").write_bytes(latin)
+    (home / "primer.txt").write_bytes(DIALOGUE_DELIM.encode().join([latin * 2, latin * 3]))
+    (home / "wiki/train.txt").write_bytes(latin * 9)
+    (home / "wiki/val.txt").write_bytes(codecs.BOM_UTF16_LE + "val".encode("utf-16-le") * 9)
+    train, val = build_sources(config(home))
+    assert train["wiki"] == latin * 9
+    assert val["wiki"] == (home / "wiki/val.txt").read_bytes()
+    assert [message.replace(str(home), "") for message in train.messages] == [
+        "wiki: 2 not plain UTF-8: /wiki/train.txt: not UTF-8: 18 invalid characters, used as they "
+        "are; /wiki/val.txt: UTF-16-LE, used as it is: save it as UTF-8",
+        "roam: 1 not plain UTF-8: /notes/odd.md: not UTF-8: 2 characters were replaced",
+        "primer: 1 not plain UTF-8: /primer.txt: not UTF-8: 10 characters were replaced",
+    ]
+    assert build_sources(config(home))[0].messages == train.messages
+
+
+@pytest.mark.parametrize("blank", [b"", b" \n\t\r\n", b"\xef\xbb\xbf", "\u3000\n".encode()])
+def test_empty_notes_are_left_out_and_counted(home, blank):
+    before, _ = in_roam(config(home))
+    for i in range(700):
+        (home / f"notes/daily {i}.md").write_bytes(blank)
+    stream, messages = in_roam(config(home))
+    assert stream == before
+    assert messages == ["roam: 700 empty notes left out"]
+    for i in range(20):
+        next((home / "notes").rglob(f"{i}.md")).unlink()
+    found = build_sources(config(home, required_sources=("wiki",)))[0].missing["roam"]
+    assert found.endswith("have text; 700 empty notes left out")
+
+
+def test_names_are_the_same_on_macos_and_linux(home):
+    """macOS writes an umlaut as two characters, as some file systems keep it."""
+    names = [f"Übung {letter}.md" for letter in "äöüabcé"] + ["Ü/a.md", "Uz.md", "Zz.md", "Ux/a.md"]
+    for form in ("NFC", "NFD"):
+        for name in names:
+            note = home / form / unicodedata.normalize(form, name)
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(f"# {name}\n")
+    for share in (0.1, 0.3, 0.5):
+        linux, mac = (
+            build_sources(config(home, roam_root=home / form, roam_val_frac=share, cache_dir=form))
+            for form in ("NFC", "NFD")
+        )
+        assert [half["roam"] for half in linux] == [half["roam"] for half in mac]
+    metas = [
+        json.loads((home / form / "roam_train.meta.json").read_text()) for form in ("NFC", "NFD")
+    ]
+    paths_of = [[Path(f["path"]).name for f in meta["files"]] for meta in metas]
+    assert paths_of[0] == paths_of[1]
+
+
+PICTURE = f"![a picture](data:image/png;base64,{'iVBORw0KGgo' * 9000})"
+
+
+def test_machine_lines_are_told_and_left_out_on_request(home):
+    (home / "notes/picture.md").write_text(f"before\n{PICTURE}\nafter\n")
+    (home / "notes/only.md").write_text(PICTURE)
+    stream, messages = in_roam(config(home))
+    assert stream.count(PICTURE.encode()) == 2
+    size = f"2 lines of machine data such as embedded pictures, {2 * len(PICTURE):,} bytes"
+    assert messages == [f"roam: {size}: read as text (--skip-machine-lines leaves them out)"]
+    skipping = config(home, skip_machine_lines=True)
+    stream, messages = in_roam(skipping)
+    assert b"iVBOR" not in stream
+    assert b"before\nafter\n" in stream
+    assert messages == ["roam: 1 empty note left out", f"roam: {size}: left out"]
+    origin = describe_sources(build_sources(skipping)[0])["roam"].origin
+    assert origin == "notes without machine lines"
 
 
 # --- notes that cannot be read -----------------------------------------------------------------

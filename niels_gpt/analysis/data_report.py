@@ -2,9 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 from niels_gpt import paths, streams
@@ -35,7 +33,7 @@ class Source(NamedTuple):
     files: int | None  # number of files read; None if the text is not the user's
     splits: dict[str, Split]
     left_out: list[Remark]
-    altered: list[Remark]  # read with replacements
+    altered: list[Remark]  # not plain UTF-8
     notes: list[str]
 
 
@@ -46,7 +44,7 @@ def survey(cfg: StreamBuildConfig) -> list[Source]:
 
 
 def _look(name: str, cfg: StreamBuildConfig) -> Source:
-    notes, left_out, others = _look_among_notes(cfg) if name == "roam" else ([], [], [])
+    left_out, others = _look_among_notes(cfg) if name == "roam" else ([], [])
     try:
         train, val = streams.build_sources(cfg)
     except (ValueError, RuntimeError, OSError) as error:
@@ -54,7 +52,7 @@ def _look(name: str, cfg: StreamBuildConfig) -> Source:
     if name not in train:
         problem = train.missing[name]
         return Source(name, problem, "", "", None, {}, left_out, [], train.messages + others)
-    _, info, recipe, _, unread = train.built[name]
+    _, info, recipe, report, unread = train.built[name]
     assert recipe is not None
     read = len(recipe.inputs["files"]) - len(unread) if "files" in recipe.inputs else None
     splits = {
@@ -70,20 +68,20 @@ def _look(name: str, cfg: StreamBuildConfig) -> Source:
         files=read,
         splits=splits,
         left_out=[*left_out, *unread],
-        altered=altered(notes),
+        altered=streams.altered(report),
         notes=train.messages + others,
     )
 
 
-def _look_among_notes(cfg: StreamBuildConfig) -> tuple[list[Path], list[Remark], list[str]]:
-    """Return the notes, what is left out, and messages about files with other suffixes."""
+def _look_among_notes(cfg: StreamBuildConfig) -> tuple[list[Remark], list[str]]:
+    """Return what is left out, and messages about files with other suffixes."""
     root = streams.reading("roam", cfg).place
     if not str(root) or not os.path.lexists(root):
-        return [], [], []
+        return [], []
     scan = scan_folder(root)
     others = Counter({s: n for s, n in scan.others.items() if s not in TEXT_SUFFIXES})
     messages = [f"roam: {message}" for message in tell_suffixes("other", others)]
-    return list(scan.notes), [Remark(str(s.path), s.reason) for s in scan.skipped], messages
+    return [Remark(str(s.path), s.reason) for s in scan.skipped], messages
 
 
 def _split(cfg: StreamBuildConfig, name: str, split: str, built: Built) -> Split:
@@ -98,22 +96,3 @@ def cache_state(cfg: StreamBuildConfig, name: str, split: str, sha256: str) -> s
     if not meta:
         return UNCACHED
     return CACHED if meta.get("sha256") == sha256 else STALE
-
-
-def altered(files: Sequence[Path]) -> list[Remark]:
-    """List the files that are not valid UTF-8, whose invalid bytes are replaced."""
-    found = []
-    for path in files:
-        try:
-            data = path.read_bytes()
-        except OSError:
-            continue
-        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-            found.append(Remark(str(path), "UTF-16, but read as UTF-8: save it as UTF-8"))
-        elif lost := _replaced(data):
-            found.append(Remark(str(path), f"not UTF-8: {lost} characters were replaced"))
-    return found
-
-
-def _replaced(data: bytes) -> int:
-    return data.decode(errors="replace").count("\ufffd") - data.count("\ufffd".encode())

@@ -30,7 +30,7 @@ from niels_gpt.run.metrics import Record, damage_in, read_metrics
 from niels_gpt.run.plan import data_changes, describe_environment, environment_changes
 from niels_gpt.state import TrainState, make_state
 from niels_gpt.step import StepFunction, dropout_of_step, train_step
-from niels_gpt.streams import StreamBuildConfig
+from niels_gpt.streams import StreamBuildConfig, as_recorded
 
 OnStep = Callable[[int], object]  # called with the number of finished updates
 
@@ -227,7 +227,7 @@ def open_corpus_of(checkpoint: Checkpoint, sources: StreamBuildConfig) -> tuple[
         ValueError: if a stream differs from the checkpoint's digest.
     """
     path, environment = checkpoint.path, checkpoint.environment
-    corpus = open_corpus(*checkpoint.configs, sources)
+    corpus = open_corpus(*checkpoint.configs, as_recorded(sources, checkpoint.sources))
     if changes := data_changes(checkpoint.sources, corpus.record):
         lines = "".join(f"\n  {line}" for line in changes)
         raise ValueError(f"{path}: the text differs from the text it was trained on:{lines}")

@@ -20,6 +20,7 @@ from niels_gpt import streams
 from niels_gpt.checkpoint import Checkpoint, SourceRecords
 from niels_gpt.config import TrainConfig
 from niels_gpt.data.cache import digest
+from niels_gpt.data.text import not_utf8
 from niels_gpt.eval import batches_of
 from niels_gpt.inference.load import load_model
 from niels_gpt.loss import forward, row_blocks, rows_per_block
@@ -187,7 +188,7 @@ class Report(NamedTuple):
     messages: list[str]
 
 
-OpenText = Callable[[TrainState], Sources]
+OpenText = Callable[[TrainState, SourceRecords | None], Sources]
 OnProgress = Callable[[str, int, int], object]  # called with (stream, bytes scored, bytes in total)
 
 
@@ -199,7 +200,7 @@ def score_checkpoint(
     device: str = "cpu",
     on_progress: OnProgress = lambda name, done, total: None,
 ) -> Report:
-    """Score a checkpoint on the streams that `open_text` finds for its state.
+    """Score a checkpoint on the streams that `open_text` finds for its state and its sources.
 
     Raises:
         OSError, ValueError, RuntimeError: for an invalid checkpoint, text or method.
@@ -214,7 +215,7 @@ def score_checkpoint(
     else:
         stride = default_stride(state.model_cfg.T) if method.stride is None else method.stride
         method = method._replace(stride=stride)
-    text = open_text(state)
+    text = open_text(state, checkpoint.sources)
     scores = {
         name: score(_told(windows(state, stream, method), name, total, on_progress))
         for name, stream in text.items()
@@ -279,7 +280,8 @@ def open_file(path: Path, *, length: int = 1) -> Sources:
     if len(data) < length:
         raise ValueError(f"{path}: {_too_short(data, length)}")
     info = SourceInfo(FILE, str(path), len(data), digest(data).sha256)
-    return Sources({path.name: Built(data, info)}, {}, [])
+    problem = not_utf8(data)
+    return Sources({path.name: Built(data, info)}, {}, [f"{path}: {problem}"] if problem else [])
 
 
 def open_validation(

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from niels_gpt.cli.shared.options import CONFIG, HELP, Command, Places, json_option, source_options
+from niels_gpt.cli.shared.options import CONFIG, HELP, Command, json_option, source_options
 from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_from_json
+from niels_gpt.data.sources import Places
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.data_report import Source

@@ -11,16 +11,18 @@ import click
 from niels_gpt.cli.shared.options import (
     HELP,
     PATH,
-    Places,
     device_option,
     json_option,
+    refuse_without_effect,
     source_options,
 )
 from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.config import SOURCE_NAMES
+from niels_gpt.data.sources import Places
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.score import Report
+    from niels_gpt.checkpoint import SourceRecords
     from niels_gpt.state import TrainState
     from niels_gpt.streams import Sources
 
@@ -67,6 +69,8 @@ def main(
         raise click.UsageError("--seed and --steps cannot be used with --full")
     if text is not None and (names or places):
         raise click.UsageError("--text cannot be combined with sources")
+    if text is not None:
+        refuse_without_effect("with --text", "skip_machine_lines")
     with exit_on_failure(2):
         from niels_gpt.analysis.score import Full, Sampled, score_checkpoint
 
@@ -82,15 +86,21 @@ def main(
 
 
 def _open_text(
-    file: Path | None, names: tuple[str, ...], places: Places, full: bool, state: TrainState
+    file: Path | None,
+    names: tuple[str, ...],
+    places: Places,
+    full: bool,
+    state: TrainState,
+    records: SourceRecords | None,
 ) -> Sources:
     from niels_gpt.analysis.score import open_file, open_validation
-    from niels_gpt.streams import locate
+    from niels_gpt.streams import as_recorded, locate
 
     length = 1 if full else state.model_cfg.T + 1
     if file is not None:
         return open_file(file, length=length)
-    return open_validation(locate(places), names, state.train_cfg.seed, length=length)
+    where = as_recorded(locate(places), records)
+    return open_validation(where, names, state.train_cfg.seed, length=length)
 
 
 def _value(ckpt: Path, report: Report) -> dict[str, Any]:

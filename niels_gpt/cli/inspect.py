@@ -13,13 +13,13 @@ from niels_gpt.cli.shared.options import (
     HELP,
     PATH,
     Option,
-    Places,
     device_option,
     json_option,
     refuse_without_effect,
     source_options,
 )
 from niels_gpt.cli.shared.output import USER_ERRORS, console, describe, exit_on_failure
+from niels_gpt.data.sources import Places
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.influence import Influence
@@ -80,11 +80,11 @@ def main(
     with exit_on_failure(2):
         from niels_gpt.analysis.replay import open_corpus_of
         from niels_gpt.checkpoint import open_checkpoint
-        from niels_gpt.streams import locate
+        from niels_gpt.streams import as_recorded, locate
 
         checkpoint = open_checkpoint(ckpt, device)
         state = checkpoint.state
-        sources = locate(places)
+        sources = as_recorded(locate(places), checkpoint.sources)
         corpus, messages = open_corpus_of(checkpoint, sources)
         console.tell(*messages)
         documents = _documents(sources, state, wanted, required=bool(only))

@@ -13,12 +13,12 @@ import click
 from niels_gpt.cli.shared.options import (
     HELP,
     PATH,
-    Places,
     device_option,
     json_option,
     source_options,
 )
 from niels_gpt.cli.shared.output import console, exit_on_failure
+from niels_gpt.data.sources import Places
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.replay import StepView, Verdict

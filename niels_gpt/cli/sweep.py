@@ -13,7 +13,6 @@ from niels_gpt.cli.shared.options import (
     CONFIG,
     HELP,
     PATH,
-    Places,
     device_option,
     json_option,
     refuse_without_effect,
@@ -21,6 +20,7 @@ from niels_gpt.cli.shared.options import (
 )
 from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_from_json
+from niels_gpt.data.sources import Places
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.sweep import Cell, Cost, Result, Suggestion

@@ -3,10 +3,11 @@
 import os
 from pathlib import Path
 
-from niels_gpt.data.recipe import Made, Reading, Recipe, Unavailable, stamps, to_bytes
+from niels_gpt.data.recipe import Made, Reading, Recipe, Remark, Unavailable, stamps, to_bytes
 from niels_gpt.data.split import split_by_key
+from niels_gpt.data.text import decode
 
-BUILDER = 2  # counts changes of the streams that are made of the same file
+BUILDER = 3  # counts changes of the streams that are made of the same file
 DIALOGUE_DELIM = "\n\n<dialogue>\n\n"
 
 
@@ -22,8 +23,10 @@ def recipes(how: Reading) -> list[Recipe]:
         train, val = split_primer_dialogues(
             load_primer_text(path), val_frac=how.val_frac, seed=how.seed, delimiter=how.separator
         )
+        _, problem = decode(path.read_bytes())
+        altered = [Remark(str(path), problem)] if problem else []
         counts = (train.count(how.separator) + 1, val.count(how.separator) + bool(val))
-        return Made(to_bytes(train), to_bytes(val), counts)
+        return Made(to_bytes(train), to_bytes(val), counts, altered)
 
     inputs = {
         "builder": BUILDER,
@@ -37,11 +40,11 @@ def recipes(how: Reading) -> list[Recipe]:
 
 
 def load_primer_text(path: str | Path) -> str:
-    """Read the primer as UTF-8: invalid bytes replaced, a byte order mark dropped.
+    """Read the primer as UTF-8, or as its byte order mark says; invalid bytes are replaced.
 
     Line ends become \\n, because the delimiter contains them.
     """
-    return Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    return decode(Path(path).read_bytes()).text
 
 
 def split_primer_dialogues(

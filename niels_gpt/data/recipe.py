@@ -5,10 +5,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from niels_gpt.data.text import nfc
+
 Documents = dict[str, list[str]]  # split -> documents
 Stamp = dict[str, Any]  # of a file; see `stamp`
 
 TOLD = 3  # files named in one message
+WITHOUT_MACHINE_LINES = " without machine lines"  # ends the origin of such a text
 
 
 class Reading(NamedTuple):
@@ -20,6 +23,7 @@ class Reading(NamedTuple):
     val_frac: float
     load_wikitext: Callable[[], Documents] | None  # None: do not download
     fallback: bool  # whether a fallback text is allowed
+    skip_machine_lines: bool = False
 
 
 class Remark(NamedTuple):
@@ -35,12 +39,17 @@ class Made(NamedTuple):
     train: bytes
     val: bytes
     documents: tuple[int, int] | None = None  # their numbers in train and val
+    altered: Sequence[Remark] = ()  # files that are not plain UTF-8
+    messages: Sequence[str] = ()  # for the user
     unread: Sequence[Remark] = ()  # files that could not be read
     files: list[Stamp] | None = None  # that were read, if not all of the recipe's
 
     def reports(self) -> list[dict[str, Any]]:
-        """Return, for train and val, what is worth keeping with a cached stream; JSON-like."""
-        return [{"documents": n} for n in self.documents] if self.documents else [{}, {}]
+        """Return, for train and val, what a cached stream is kept with; JSON-like."""
+        found = {"altered": [list(remark) for remark in self.altered], "messages": self.messages}
+        told = {name: list(value) for name, value in found.items() if value}
+        counts = [{"documents": n} for n in self.documents] if self.documents else [{}, {}]
+        return [{**told, **count} for count in counts]
 
 
 class Recipe(NamedTuple):
@@ -75,7 +84,7 @@ def stamp(path: Path, status: os.stat_result) -> Stamp:
     Tools that synchronise files restore the modification time, but not ctime and inode.
     """
     return {
-        "path": str(path),
+        "path": nfc(path),
         "mtime_ns": status.st_mtime_ns,
         "size": status.st_size,
         "ctime_ns": status.st_ctime_ns,

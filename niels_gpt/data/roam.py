@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from niels_gpt.data.recipe import (
+    WITHOUT_MACHINE_LINES,
     Made,
     Reading,
     Recipe,
@@ -20,10 +21,11 @@ from niels_gpt.data.recipe import (
     to_bytes,
 )
 from niels_gpt.data.split import split_by_key
+from niels_gpt.data.text import decode, machine_lines, nfc, without_machine_lines
 
 PathT = TypeVar("PathT", bound=str | Path)
 
-BUILDER = 2  # counts changes of the streams that are made of the same notes
+BUILDER = 3  # counts changes of the streams that are made of the same notes
 SUFFIXES = (".md", ".markdown")  # in any case
 TEXT_SUFFIXES = {  # of files that may well be notes, but in another format
     ".adoc", ".asciidoc", ".htm", ".html", ".mdown", ".mdx", ".mkd", ".org", ".qmd", ".rmd", ".rst",
@@ -51,18 +53,20 @@ class Scan(NamedTuple):
 
 
 class Note(NamedTuple):
-    """A note as it is read."""
+    """A note as it is used."""
 
     path: Path
     text: str
 
 
 class Notes(NamedTuple):
-    """The notes of a folder, split."""
+    """The notes of a folder, split, and what reading them showed."""
 
     train: list[Note]
     val: list[Note]
-    unread: list[Remark]  # that could not be read, and so belong to neither
+    unread: list[Remark]  # files that could not be read
+    altered: list[Remark]  # files that are not plain UTF-8
+    messages: list[str]
 
 
 def recipes(how: Reading) -> list[Recipe]:
@@ -75,12 +79,14 @@ def recipes(how: Reading) -> list[Recipe]:
         "sep": how.separator,
         "seed": how.seed,
         "val_frac": how.val_frac,
+        "skip_machine_lines": how.skip_machine_lines,
     }
-    return [Recipe("notes", str(root), inputs, lambda: _build(root, scan, how), _messages(scan))]
+    origin = "notes" + WITHOUT_MACHINE_LINES * how.skip_machine_lines
+    return [Recipe(origin, str(root), inputs, lambda: _build(root, scan, how), _messages(scan))]
 
 
 def read_notes(how: Reading) -> Notes:
-    """Read and split the notes of a folder, without those that cannot be read.
+    """Read and split the notes of a folder, without empty ones and those that cannot be read.
 
     Raises:
         Unavailable: if there is none.
@@ -151,7 +157,7 @@ def split_roam_paths(
     size: Callable[[PathT], int] = _file_size if sizes is None else sizes.__getitem__
     return split_by_key(
         unique,
-        lambda path: os.fsencode(os.path.relpath(path, top)),
+        lambda path: os.fsencode(nfc(os.path.relpath(path, top))),
         val_frac=val_frac,
         seed=seed,
         size=size,
@@ -250,22 +256,42 @@ def _once(
         if other != path and (path in links or status.st_nlink > 1):
             copies.append(Skipped(path, f"the same file as {other}"))
     left_out = {copy.path for copy in copies}
-    return {path: found[path] for path in sorted(found) if path not in left_out}, copies
+    kept = (path for path in found if path not in left_out)
+    return {path: found[path] for path in sorted(kept, key=_order)}, copies
+
+
+def _order(path: Path) -> tuple[list[str], Path]:
+    """Sort by the names in NFC, so that the streams are the same on macOS and on Linux."""
+    return nfc(path).split("/"), path
 
 
 # --- reading them ------------------------------------------------------------------------------
 
 
 def _read(root: Path, scan: Scan, how: Reading) -> Notes:
-    notes, unread = [], []
+    texts: dict[Path, str] = {}
+    unread, altered, machine = [], [], []
     for path in scan.notes:
         try:
-            notes.append(Note(path, *load_texts([path])))
+            text, problem = decode(path.read_bytes())
         except OSError as error:
             unread.append(Remark(str(path), error.strerror or str(error)))
+            continue
+        if problem:
+            altered.append(Remark(str(path), problem))
+        machine += machine_lines(text)
+        texts[path] = without_machine_lines(text) if how.skip_machine_lines else text
+    notes = [Note(path, text) for path, text in texts.items() if text.strip()]
+    messages = _tell_texts(len(texts) - len(notes), machine, how.skip_machine_lines)
     if not notes:
-        why = tell("left out", unread)[0]
-        raise Unavailable(f"no notes (*.md) under {root} can be read; {why}")
+        why = "; ".join([*tell("left out", unread), *messages])
+        what = "have text" if texts else "can be read"
+        raise Unavailable(f"no notes (*.md) under {root} {what}; {why}")
+    train, val = _split(notes, root, how)
+    return Notes(train, val, unread, altered, messages)
+
+
+def _split(notes: list[Note], root: Path, how: Reading) -> tuple[list[Note], list[Note]]:
     _, val = split_roam_paths(
         [note.path for note in notes],
         val_frac=how.val_frac,
@@ -274,11 +300,21 @@ def _read(root: Path, scan: Scan, how: Reading) -> Notes:
         sizes={path: len(to_bytes(text)) for path, text in notes},
     )
     chosen = set(val)
-    return Notes(
-        [note for note in notes if note.path not in chosen],
-        [note for note in notes if note.path in chosen],
-        unread,
-    )
+    return [n for n in notes if n.path not in chosen], [n for n in notes if n.path in chosen]
+
+
+def _tell_texts(empty: int, machine: list[str], skip: bool) -> list[str]:
+    messages = []
+    if empty:
+        messages.append(f"{empty:,} empty note{'s' * (empty > 1)} left out")
+    if machine:
+        size = sum(len(to_bytes(line)) for line in machine)
+        fate = "left out" if skip else "read as text (--skip-machine-lines leaves them out)"
+        messages.append(
+            f"{len(machine):,} line{'s' * (len(machine) > 1)} of machine data such as embedded "
+            f"pictures, {size:,} bytes: {fate}"
+        )
+    return messages
 
 
 def _build(root: Path, scan: Scan, how: Reading) -> Made:
@@ -290,6 +326,8 @@ def _build(root: Path, scan: Scan, how: Reading) -> Made:
         train,
         val,
         documents=(len(notes.train), len(notes.val)),
+        altered=notes.altered,
+        messages=notes.messages,
         unread=notes.unread,
         files=[stamp(*found) for found in scan.notes.items() if str(found[0]) not in lost],
     )

@@ -26,6 +26,12 @@ SOURCES = {
 }
 
 
+class Places(dict[str, Path]):
+    """The place given for each source, by name, and how to read the text there."""
+
+    skip_machine_lines: bool | None = None  # see `StreamBuildConfig`
+
+
 def check_place(name: str, place: str | Path) -> None:
     """Raise OSError if the place that the user named for a source is absent or of another kind."""
     source = SOURCES[name]

@@ -8,13 +8,17 @@ from niels_gpt import paths
 from niels_gpt.data.python_docs import load_python_docs, python_docs_digest, python_docs_origin
 from niels_gpt.data.recipe import (
     Documents,
+    Made,
     Reading,
     Recipe,
+    Remark,
     Unavailable,
     join_documents,
     stamps,
 )
+from niels_gpt.data.text import not_utf8
 
+BUILDER = 3  # of a folder; counts changes of what is made of the same files
 FILE_NAMES = (("train.txt", "val.txt"), ("wiki.train.raw", "wiki.valid.raw"))
 WIKITEXT = "WikiText-103"
 
@@ -59,11 +63,17 @@ def _folder_recipe(folder: Path) -> Recipe:
     else:
         wanted = ", or ".join(" and ".join(names) for names in FILE_NAMES)
         raise Unavailable(f"the folder {folder} must have {wanted}")
+
+    def build() -> Made:
+        sides = train.read_bytes(), val.read_bytes()
+        problems = zip((train, val), map(not_utf8, sides), strict=True)
+        return Made(*sides, altered=[Remark(str(path), why) for path, why in problems if why])
+
     return Recipe(
         origin="folder",
         place=str(folder),
-        inputs={"files": stamps([train, val])},
-        build=lambda: (train.read_bytes(), val.read_bytes()),
+        inputs={"builder": BUILDER, "files": stamps([train, val])},
+        build=build,
         spares=WIKITEXT,
     )
 

@@ -27,7 +27,7 @@ from niels_gpt.run.metrics import Record, damage_in, read_metrics, records_until
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.schema import parameter_shapes
 from niels_gpt.state import TrainState, make_state
-from niels_gpt.streams import locate
+from niels_gpt.streams import as_recorded, locate
 
 COMPILE_FLOPS = 1e14  # compile longer runs by default: about 20 minutes on two cores
 
@@ -65,6 +65,7 @@ def make_plan(model_cfg: ModelConfig, train_cfg: TrainConfig, options: TrainOpti
         _refuse_beyond_the_end(resumed, train_cfg)
         messages += resume_messages(resumed, train_cfg)
     where = locate(options.places, write_cache=not options.dry_run)
+    where = as_recorded(where, resumed.sources if resumed else None)
     corpus = open_corpus(model_cfg, train_cfg, where)
     inherited = resumed.environment.get("compile", False) if resumed else None
     compiled, why = choose_compile(options.compile, inherited, device, model_cfg, train_cfg)

@@ -125,7 +125,7 @@ def test_notes_of_the_validation_split_are_not_scored(texts):
     assert {name for name, _ in notes} < names
     assert len(notes) == len(names) - 1
     for name, text in notes:
-        assert (texts / "notes" / name).read_bytes() == text
+        assert (texts / "notes" / name).read_text().encode() == text  # with \n for \r\n
     with pytest.raises(ValueError, match="no notes"):
         influence.training_notes(cfg, 42, min_bytes=10**6)
 

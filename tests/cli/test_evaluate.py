@@ -64,6 +64,13 @@ def test_full_scores_each_byte_of_a_file_once(evaluation, tmp_path):
     assert evaluation("--text", "my text.bin", "--full")["stride"] == 8
 
 
+def test_a_file_that_is_not_utf8_is_said_to_be_that(niels, evaluation, tmp_path):
+    (tmp_path / "wide.txt").write_text("wide " * 20, encoding="utf-16")
+    result = niels("evaluate", "--ckpt", "m.pt", "--device", "cpu", "--text", "wide.txt")
+    assert result.exit_code == 0
+    assert "note: wide.txt: UTF-16-LE, used as it is: save it as UTF-8" in result.stderr
+
+
 def test_the_table_is_for_people(niels, evaluation, where):
     result = niels("evaluate", "--ckpt", "m.pt", "--device", "cpu", *where)
     head, columns, *rows = result.stdout.splitlines()

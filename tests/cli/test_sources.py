@@ -67,6 +67,32 @@ def test_a_note_that_cannot_be_read_is_left_out_and_told(
     assert f"roam: 1 left out: {bad}: Input/output error" in result.output
 
 
+def test_a_run_without_machine_lines_is_resumed_and_looked_at_without_them(run, texts, tmp_path):
+    """The checkpoint keeps how its text was read; whoever says otherwise gets another text."""
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for i in range(20):
+        (notes / f"{i}.md").write_text(f"note {i}\n" * 9 + "data:" + "iVBOR" * 900 + "\n")
+    where = ["--roam", notes]
+    made = run("train", *where, "--out", "run", "--skip-machine-lines")
+    assert made.exit_code == 0, made.output
+    assert "20 lines of machine data such as embedded pictures" in made.output
+    for command in ("replay", "view", "inspect", "evaluate"):
+        result = run(command, *where)
+        assert result.exit_code == 0, result.output
+        assert "not the text" not in result.output
+    more = ["--resume", "run/latest.pt", "--out", "run", "--set", "train.total_steps=3"]
+    kept = run("train", *where, *more, "--keep-machine-lines")
+    assert kept.exit_code == 2
+    assert "notes without machine lines" in kept.stderr
+    assert run("replay", *where, "--keep-machine-lines").exit_code == 2
+    assert "not the text" in run("evaluate", *where, "--keep-machine-lines").stderr
+    resumed = run("train", *where, *more)
+    assert resumed.exit_code == 0, resumed.output
+    refused = run("evaluate", "--text", "c.json", "--skip-machine-lines")
+    assert refused.exit_code == 2
+
+
 def empty_folder(folder):
     return ["--roam", folder], "no notes (*.md) under"
 

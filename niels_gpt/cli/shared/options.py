@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from niels_gpt.data.sources import SOURCES
+from niels_gpt.data.sources import SOURCES, Places
 
 
 class NonEmptyPath(click.Path):
@@ -28,7 +28,6 @@ COMMANDLINE = click.core.ParameterSource.COMMANDLINE
 
 Command = Callable[..., Any]
 Option = Callable[[Command], Command]
-Places = dict[str, Path]  # the place given for a source, by its name
 
 
 def json_option(text: str = "Print one JSON object.") -> Option:
@@ -73,10 +72,15 @@ def source_options(command: Command) -> Command:
     @functools.wraps(command)
     def with_places(**given: Any) -> Any:
         named = {name: given.pop(name) for name in SOURCES}
-        places: Places = {name: place for name, place in named.items() if place is not None}
+        places = Places({name: place for name, place in named.items() if place is not None})
+        places.skip_machine_lines = given.pop("skip_machine_lines")
         return command(places=places, **given)
 
-    decorated: Command = with_places
+    decorated: Command = click.option(
+        "--skip-machine-lines/--keep-machine-lines",
+        default=None,
+        help="Leave out embedded pictures and the like in notes.",
+    )(with_places)
     for name, source in reversed(SOURCES.items()):
         option = click.option(f"--{name}", type=PATH, metavar=source.metavar, help=source.help)
         decorated = option(decorated)
