@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from niels_gpt.cli.shared.options import CONFIG, HELP, PATH, source_options
-from niels_gpt.cli.shared.output import EnduringConsole, process
+from niels_gpt.cli.shared.output import EnduringConsole, ProcessCommand, process
 from niels_gpt.run.options import TrainOptions
 
 _STEP_FUNCTIONS = ("evaluate", "make_state", "train_step")
 
 
 @click.command(
+    cls=ProcessCommand,
     context_settings={**HELP, "show_default": True},
     epilog="Example: train --config configs/smoke.json --roam ~/notes --out checkpoints/first",
 )

@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
+import click
+
 USER_ERRORS = (ValueError, OSError, RuntimeError)
 
 # Control characters that a terminal would obey (cursor, bell, title) are shown as U+FFFD.
@@ -159,6 +161,7 @@ def process() -> Iterator[None]:
     """Run a command as a process, with usable streams and an exit code.
 
     Ctrl-C exits with code 130. If click cannot write its output, the code is 0 or 1, as for ours.
+    What click prints of the arguments, file names among them, has no control characters.
     """
     _replace_closed_streams()
     # Torch warns on import if NumPy is missing; it is not needed here.
@@ -168,9 +171,21 @@ def process() -> Iterator[None]:
     except KeyboardInterrupt:
         console.warn("")
         sys.exit(130)
+    except click.ClickException as error:
+        error.message = error.message.translate(_CONTROLS)  # type: ignore[misc]
+        raise
     except OSError as error:
         _give_up(sys.stdout)
         console._lose_stdout(error)
+
+
+class ProcessCommand(click.Command):
+    """A command whose arguments are parsed as a process, because it is also a script."""
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        """Parse the arguments."""
+        with process():
+            return super().make_context(*args, **more)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -13,8 +14,10 @@ import termios
 from collections import namedtuple
 
 import pytest
+import torch
 
 from niels_gpt.cli.shared.output import Console, describe, to_json
+from tests.checkpoints import random_payload
 
 FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is full: Linux")
 
@@ -37,6 +40,40 @@ def test_streams_that_are_closed_from_the_start_leave_the_exit_code(tmp_path, wo
     assert result.returncode == whole.returncode
     assert "Traceback" not in result.stderr
     assert result.stdout == ("" if closed.startswith(">") else whole.stdout)
+
+
+EVIL = "e\x1b]0;owned\x07\x9b2J.pt"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["niels_gpt", "checkpoint", "info", "good.pt"],  # its settings hold the same
+        ["niels_gpt", "checkpoint", "verify", EVIL],
+        ["niels_gpt", "checkpoint", "info", "good.pt", EVIL],
+        ["niels_gpt", "train", "--config", EVIL],
+        ["niels_gpt.train", "--config", "smoke", EVIL],
+        ["niels_gpt", EVIL],
+        ["niels_gpt", f"--{EVIL}"],
+    ],
+    ids=lambda words: "-".join(words[1:-1]),
+)
+def test_no_control_character_of_a_name_or_a_file_reaches_a_terminal(tmp_path, words):
+    (tmp_path / EVIL).write_bytes(b"x")
+    torch.save({**random_payload(), "train_cfg": {"x": EVIL}}, tmp_path / "good.pt")
+    screen, theirs = pty.openpty()
+    command = [sys.executable, "-m", *words]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # EIO: nobody has the terminal open any more
+        while piece := os.read(screen, 4096):
+            seen += piece
+    os.close(screen)
+    assert process.wait() in (0, 1, 2)
+    text = seen.decode().replace("\r\n", "\n")
+    assert "owned" in text
+    assert all(c.isprintable() or c == "\n" for c in text), ascii(text)
 
 
 @FULL
