@@ -13,8 +13,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 1.0  # seconds
@@ -44,16 +45,15 @@ class Stop:
             yield self
             return
         before = {number: signal.getsignal(number) for number in SIGNALS}
-        for number in SIGNALS:
-            if before[number] is not signal.SIG_IGN:  # respect nohup
-                signal.signal(number, self._handle)
+        # Respect nohup.
+        _set_handlers({n: self._handle for n in SIGNALS if before[n] is not signal.SIG_IGN})
         try:
             yield self
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            if self._signum is not None:
-                atexit.register(_ignore_signals)  # the process ends as the first signal has it
+            if self._signum is None:
+                _set_handlers(before)
+            else:
+                _ignore_while_ending(before)
 
     def check(self) -> None:
         """Raise `Stopped` if a signal has arrived."""
@@ -87,6 +87,19 @@ class Stop:
             raise Stopped(signum)
 
 
-def _ignore_signals() -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def _ignore_while_ending(before: Mapping[signal.Signals, Any]) -> None:
+    """Let signals not change how the process ends; after `PATIENCE`, they are handled as before."""
+    end = time.monotonic() + PATIENCE
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if time.monotonic() > end:
+            _set_handlers(before)
+            signal.raise_signal(signum)
+
+    _set_handlers({n: handle for n in SIGNALS if before[n] is not signal.SIG_IGN})
+    atexit.register(_set_handlers, dict.fromkeys(SIGNALS, signal.SIG_IGN))
+
+
+def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

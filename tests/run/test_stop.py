@@ -66,6 +66,25 @@ def test_a_stop_that_a_library_swallows_or_turns_into_an_error_is_a_stop(swallow
         library()
 
 
+def test_no_signal_changes_how_a_stopped_process_ends(monkeypatch):
+    seen = []
+    before = signal.signal(SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        for stopped in (False, True):
+            with Stop().active():
+                if stopped:
+                    signal.raise_signal(SIGHUP)
+            signal.raise_signal(SIGTERM)
+            assert seen == [SIGTERM]
+        later = stop.time.monotonic() + 2 * PATIENCE
+        monkeypatch.setattr(stop.time, "monotonic", lambda: later)
+        signal.raise_signal(SIGTERM)
+        signal.raise_signal(SIGTERM)
+        assert seen == [SIGTERM] * 3
+    finally:
+        signal.signal(SIGTERM, before)
+
+
 def test_an_error_without_a_signal_stays_what_it_is():
     with Stop().active() as handled, pytest.raises(KeyError), handled.immediately():
         raise KeyError("x")
