@@ -15,6 +15,7 @@ Message = Mapping[str, str]  # role and content
 Say = Callable[[str], object]
 
 STOPS = (*(f"\n{role}: " for role in ROLES), DIALOGUE_DELIM.rstrip())
+OPENING = DIALOGUE_DELIM.lstrip()  # what the dialogues of the primer follow
 
 HELP = """\
 a line is a message or one of these commands:
@@ -72,21 +73,39 @@ def fit(messages: Sequence[Message], room: int) -> list[Message]:
     return turns[starts[-1] :] if starts else system
 
 
-def reply_stream(voice: Voice, chat: Chat) -> Iterator[str]:
-    """Yield the reply to the last message in pieces; its draws depend on (seed, turn)."""
+def prompt_of(messages: Sequence[Message], T: int) -> bytes:
+    """Return what a model with a context of T bytes reads: the turns that fit, as in the primer.
+
+    There, a dialogue follows a delimiter, so the prompt starts with one if there is room for it.
+    """
+    room = prompt_room(T)
+    turns = format_chat(fit(messages, room)).encode()
+    opened = OPENING.encode() + turns
+    return opened if len(opened) <= room else turns
+
+
+def generated(voice: Voice, chat: Chat) -> Iterator[str]:
+    """Yield what the model writes after the prompt, past the end of its reply, in pieces.
+
+    The draws depend on (seed, turn).
+    """
     turn = sum(message["role"] == "assistant" for message in chat.messages)
-    prompt = format_chat(fit(chat.messages, prompt_room(voice.cfg.T))).encode()
     chunks = stream(
         voice.params,
         voice.cfg,
-        prompt,
+        prompt_of(chat.messages, voice.cfg.T),
         voice.max_bytes,
         seed=chat.seed,
         samples=(turn,),
         sampling=voice.sampling,
         purpose="chat",
     )
-    return visible(decode_stream(chunks))
+    return decode_stream(chunks)
+
+
+def reply_stream(voice: Voice, chat: Chat) -> Iterator[str]:
+    """Yield the reply to the last message in pieces."""
+    return visible(generated(voice, chat))
 
 
 def visible(pieces: Iterable[str]) -> Iterator[str]:
@@ -102,7 +121,7 @@ def _before_stop(pieces: Iterable[str]) -> Iterator[str]:
     held = ""
     for piece in pieces:
         held += piece
-        cut = _first_stop(held)
+        cut = first_stop(held)
         end = len(held) - _held_back(held) if cut is None else cut
         yield held[:end]
         if cut is not None:
@@ -124,7 +143,8 @@ def _stripped(pieces: Iterable[str]) -> Iterator[str]:
             blank.append(text[len(body) :])
 
 
-def _first_stop(text: str) -> int | None:
+def first_stop(text: str) -> int | None:
+    """Return where the reply at the start of a text ends; None if it does not."""
     return min((i for i in map(text.find, STOPS) if i >= 0), default=None)
 
 

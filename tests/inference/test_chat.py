@@ -6,18 +6,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from niels_gpt import paths
 from niels_gpt.chat_format import PROMPT, extract_assistant_reply, format_chat
 from niels_gpt.config import ModelConfig
+from niels_gpt.data import DIALOGUE_DELIM, load_primer_text, split_primer_dialogues
 from niels_gpt.inference import chat as chat_module
 from niels_gpt.inference.chat import (
+    OPENING,
     STOPS,
     Voice,
     answer,
     context_notes,
     converse,
+    first_stop,
     fit,
     new_chat,
     obey,
+    prompt_of,
     prompt_room,
     visible,
 )
@@ -96,7 +101,7 @@ def test_a_tag_is_held_back_until_it_is_none(tag):
 @pytest.mark.parametrize("unit", ["a word ", "x", " ", "\n", "\nuser:"])
 def test_what_is_searched_with_each_piece_does_not_grow(monkeypatch, unit):
     lengths = []
-    monkeypatch.setattr(chat_module, "_first_stop", lambda text: lengths.append(len(text)))
+    monkeypatch.setattr(chat_module, "first_stop", lambda text: lengths.append(len(text)))
     assert "".join(visible(unit * 100)) == (unit * 100).strip()
     assert max(lengths) <= max(map(len, STOPS))
 
@@ -169,6 +174,39 @@ def test_it_is_said_what_was_left_out():
     assert context_notes([turn("user", "c" * 100)], 64) == [
         "the context of 64 bytes is full: only the last 54 of 118 bytes of the last turn are seen"
     ]
+
+
+# --- what the model reads is what it learned from -----------------------------------------------
+
+PRIMER_TRAIN, PRIMER_VAL = split_primer_dialogues(
+    load_primer_text(paths.primer_path()), seed=42, val_frac=0.1
+)
+
+
+def shipped_dialogues(text):
+    """Yield each dialogue of the primer as messages, for its turns are lines."""
+    for block in text.split(DIALOGUE_DELIM):
+        yield [turn(*line.split(": ", 1)) for line in block.split("\n")]
+
+
+@pytest.mark.parametrize("text", [PRIMER_TRAIN, PRIMER_VAL], ids=["train", "val"])
+def test_prompt_reply_and_end_of_every_turn_are_in_the_stream_as_chat_has_them(text):
+    stream = OPENING + text + DIALOGUE_DELIM
+    for messages in shipped_dialogues(text):
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt = prompt_of(messages[:i], 10_000).decode()
+                _, found, after = stream.partition(prompt + message["content"])
+                assert found, prompt
+                assert first_stop(after) == 0, after[:20]
+
+
+@given(messages=conversations, T=st.integers(8, 300))
+def test_a_prompt_is_the_turns_that_fit_and_opens_as_a_dialogue_if_there_is_room(messages, T):
+    room = prompt_room(T)
+    turns = format_chat(fit(messages, room))
+    prompt = prompt_of(messages, T).decode()
+    assert prompt == (OPENING + turns if len((OPENING + turns).encode()) <= room else turns)
 
 
 # --- the conversation --------------------------------------------------------------------------
