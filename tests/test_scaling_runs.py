@@ -1,0 +1,93 @@
+"""The runs of the scaling law: resumable, whole schedules; the fit finds the law it is shown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import scaling
+from benchmarks.scaling import Point, Run
+from niels_gpt.analysis.scaling import Law, Text
+from niels_gpt.corpus import Corpus
+
+TEXT = bytes(32 + k * k % 90 for k in range(3000))
+CORPUS = Corpus(
+    {"wiki": TEXT, "roam": TEXT[:1000]}, {"wiki": TEXT}, {"wiki": 0.75, "roam": 0.25}, 42, 8, 256
+)
+TINY = Run(32, 1, steps=2, lr=0.01, B=2)
+TRUE = Law(E=0.7, A=0.25, a=0.35, B=0.9, b=0.4)
+SIZES = [(N, D) for N in (25e3, 100e3, 600e3, 2e6) for D in (2.5e5, 5e5, 1e6, 2e6)]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(scaling, "EVAL", {"B": 2, "eval_steps": 1})
+    monkeypatch.setattr(scaling, "open_corpus", lambda *_: CORPUS)
+    monkeypatch.setattr(scaling, "rates", lambda: [TINY, TINY._replace(lr=0.02)])
+
+
+def test_a_run_is_described_by_its_line(quick):
+    line = scaling.carry_out(TINY, CORPUS)
+    assert {field: line[field] for field in Run._fields} == TINY._asdict()
+    assert line["bytes"] == 2 * 2 * 256
+    assert line["text"] == {"wiki": (0.75, 3000), "roam": (0.25, 1000)}
+    assert 3 < line["val_nats"] < 6
+
+
+def test_a_run_depends_on_its_line_alone(quick):
+    again = scaling.carry_out(TINY, CORPUS)["val_nats"]
+    assert scaling.carry_out(TINY, replace(CORPUS, seed=7, B=3))["val_nats"] == again
+    assert scaling.carry_out(TINY._replace(seed=1), CORPUS)["val_nats"] != again
+
+
+def test_a_finished_run_is_not_run_again(quick, tmp_path):
+    out, said = tmp_path / "runs.jsonl", []
+    scaling.run_all([TINY], {}, out, said.append)
+    scaling.run_all([TINY, TINY._replace(lr=0.02)], {}, out, said.append)
+    assert [json.loads(line)["lr"] for line in said] == [0.01, 0.02]
+    assert out.read_text().splitlines() == said
+
+
+def test_few_unique_bytes_are_the_starts_of_all_sources():
+    short = scaling.shortened(CORPUS, 800)
+    assert short.train == {"wiki": TEXT[:600], "roam": TEXT[:200]}
+    assert scaling.texts_of(short)["roam"] == Text(0.25, 200)
+
+
+def test_the_fit_finds_the_law_that_made_the_points():
+    found = scaling.fit([Point(N, D, TRUE.loss(N, D)) for N, D in SIZES])
+    assert found == pytest.approx(TRUE, rel=1e-3)
+
+
+def test_one_bad_run_hardly_moves_the_fit():
+    points = [Point(N, D, TRUE.loss(N, D)) for N, D in SIZES]
+    points[5] = points[5]._replace(nats=points[5].nats + 0.5)
+    found = scaling.fit(points)
+    assert found.loss(3e6, 8e6) == pytest.approx(TRUE.loss(3e6, 8e6), abs=0.01)
+
+
+def test_the_draws_of_a_bootstrap_are_keyed():
+    points = [Point(N, D, TRUE.loss(N, D) + 1e-3 * (i % 3)) for i, (N, D) in enumerate(SIZES)]
+    laws = scaling.bootstrap(points, TRUE, 2)
+    assert laws == scaling.bootstrap(points, TRUE, 2)
+    assert laws[0] != laws[1]
+
+
+def test_of_several_rates_the_best_counts():
+    line = {
+        **TINY._asdict(),
+        **{"N": 100, "bytes": 1000, "val_nats": 2.0, "text": {"wiki": [1.0, 5000]}},
+    }
+    worse = {**line, "lr": 0.5, "val_nats": 9.0}
+    assert scaling.points_of([worse, line, {**line, "seed": 1}]) == [(100, 1000, 2.0)] * 2
+
+
+def test_the_grid_has_no_run_twice_five_seeds_at_the_smallest_and_several_budgets_of_each_size():
+    runs = scaling.grid()
+    assert len(set(runs)) == len(runs)
+    first = [run for run in runs if run._replace(seed=42) == runs[0]._replace(seed=42)]
+    assert {run.seed for run in first} == {42, 43, 44, 45, 46}
+    assert all(len({r.steps for r in runs if r.C == run.C}) > 1 for run in runs)
+    assert runs == sorted(runs, key=scaling.cost)
