@@ -10,6 +10,8 @@ A file is pr-06's plain dict through `torch.save`::
     scores                 other evaluation results: best_step, val_loss, val_step
     sources                split -> source -> origin, bytes, sha256 of the text
     environment            other conditions that can change bits
+    ancestors              digest and step of the checkpoint whose weights the run began with, then
+                           of the one that its run began with, and so on; absent if they were drawn
     digest                 SHA-256 of all of the above
 
 It contains no clock, path or process id: equal content gives equal bytes. Files of a plain loop
@@ -19,10 +21,10 @@ load too: the first six keys, any optimizer of torch.optim, any train_cfg, no di
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,6 +51,13 @@ from niels_gpt.state import TrainState
 SourceRecords = dict[str, dict[str, dict[str, Any]]]  # split -> source -> origin, bytes, sha256
 
 
+class Ancestor(NamedTuple):
+    """A checkpoint that a run started from: its weights became the first ones of the run."""
+
+    digest: str
+    step: int  # finished updates, in its own run
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A state of a run, with everything needed to resume it exactly.
@@ -64,6 +73,7 @@ class Checkpoint:
     scores: Scores
     sources: SourceRecords | None  # the text it was trained on; None if not recorded
     environment: dict[str, Any]  # other conditions that can change bits
+    ancestors: tuple[Ancestor, ...] = ()  # the nearest first; () for weights that were drawn
     digest: str | None = None  # of its file; None if another program wrote it
     path: Path = Path()  # where it was read from
 
@@ -105,6 +115,25 @@ class Checkpoint:
         opt_state = _opt_state(self.optimizer_state, [*self.params], initial)
         return TrainState(self.params, opt_state, self.step, model_cfg, train_cfg)
 
+    def start_under(self, model_cfg: ModelConfig, train_cfg: TrainConfig) -> TrainState:
+        """Return step 0 of a new run that starts from these weights.
+
+        Raises:
+            ValueError: with a line per field, if the model differs in more than its dropout.
+        """
+        validate_model_config_match(replace(self.cfg, dropout=model_cfg.dropout), model_cfg)
+        opt_state = optimizer_of(train_cfg).init(self.params)
+        return TrainState(self.params, opt_state, 0, model_cfg, train_cfg)
+
+    @property
+    def lineage(self) -> tuple[Ancestor, ...]:
+        """Return the ancestors of a run that starts from these weights: this one, then its own."""
+        return (Ancestor(self.digest or digest_of(self), self.step), *self.ancestors)
+
+    def on(self, device: str | torch.device) -> "Checkpoint":
+        """Return the checkpoint with its parameters on a device."""
+        return replace(self, params=map_tensors(lambda p: p.to(device), self.params))
+
     @property
     def messages(self) -> list[str]:
         """Return what a resume from here cannot continue exactly, one line each."""
@@ -130,6 +159,7 @@ def checkpoint_of(
     scores: Scores | None = None,
     sources: SourceRecords | None = None,
     environment: Mapping[str, Any] | None = None,
+    ancestors: tuple[Ancestor, ...] = (),
 ) -> Checkpoint:
     """Return the checkpoint of a state."""
     return Checkpoint(
@@ -141,6 +171,7 @@ def checkpoint_of(
         scores or Scores(),
         sources,
         dict(environment or {}),
+        ancestors,
     )
 
 
@@ -222,7 +253,8 @@ def parse_payload(
     """Parse a checked payload; inverse of `payload_of`.
 
     Raises:
-        CheckpointError: if scores, sources or environment are not what this program writes.
+        CheckpointError: if scores, sources, environment or ancestors are not what this program
+            writes.
     """
     names = parameter_shapes(ModelConfig(**payload["model_cfg"]))
     return Checkpoint(
@@ -234,13 +266,14 @@ def parse_payload(
         _scores(payload),
         _sources(payload),
         _environment(payload),
+        _ancestors(payload),
         payload.get("digest"),
         path,
     )
 
 
 def payload_of(checkpoint: Checkpoint) -> Payload:
-    """Return the dict of the file; without `sources` it has pr-06's six keys alone."""
+    """Return the dict of the file; without `sources` and `ancestors` it has pr-06's six keys."""
     c = checkpoint
     scores = c.scores._asdict()
     six = {
@@ -251,6 +284,8 @@ def payload_of(checkpoint: Checkpoint) -> Payload:
         "step": c.step,
         "best_val_loss": scores.pop("best_val_loss"),
     }
+    if c.ancestors:
+        six["ancestors"] = [ancestor._asdict() for ancestor in c.ancestors]
     if c.sources is None:
         return six
     return {**six, "scores": scores, "sources": c.sources, "environment": c.environment}
@@ -346,6 +381,17 @@ def _environment(payload: Payload) -> dict[str, Any]:
     if not isinstance(threads, int) or not 1 <= threads <= 4096:
         raise CheckpointError(f"environment.threads is {show(threads)}")
     return kept
+
+
+def _ancestors(payload: Payload) -> tuple[Ancestor, ...]:
+    kept = payload.get("ancestors", [])
+    if not isinstance(kept, list):
+        raise CheckpointError(f"ancestors is {show(kept)}, not a list")
+    for i, one in enumerate(kept):
+        known = isinstance(one, dict) and one.keys() == {*Ancestor._fields}
+        if not known or not isinstance(one["digest"], str) or not isinstance(one["step"], int):
+            raise CheckpointError(f"ancestors[{i}] is {show(one)}, not a digest and a step")
+    return tuple(Ancestor(**one) for one in kept)
 
 
 def _table(values: Mapping[str, Any], key: str) -> dict[str, Any]:

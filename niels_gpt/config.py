@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from niels_gpt import paths
@@ -232,11 +233,16 @@ def dotted(doc: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def load_config_from_json(
-    path: str | os.PathLike[str], overrides: Iterable[str] = ()
+    path: str | os.PathLike[str],
+    overrides: Iterable[str] = (),
+    *,
+    model: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[ModelConfig, TrainConfig]:
     """Read `{"model": {...}, "train": {...}}`; missing keys take their defaults.
 
-    `overrides` are `--set` arguments such as `train.B=8`.
+    Args:
+        overrides: `--set` arguments such as `train.B=8`.
+        model: values for the keys that the file's model section lacks.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -244,6 +250,9 @@ def load_config_from_json(
     """
     doc = load_json(path, max_bytes=MAX_CONFIG_BYTES)
     overrides = tuple(overrides)
+    if model:
+        sections = _require_sections(doc, where=str(path))
+        doc = {**sections, "model": {**model, **sections.get("model", {})}}
     if not overrides:
         return config_from_dict(doc, where=str(path), from_file=True)
     where = f"{path} with " + " ".join(f"--set {shorten(override)}" for override in overrides)

@@ -40,7 +40,9 @@ OPTIONAL = ("optimizer_state", "best_val_loss")
 MODEL_FIELDS = tuple(field.name for field in fields(ModelConfig))
 TIED = ("model_state.tok_emb.weight", "model_state.lm_head.weight")
 
-PLAIN = ("model_cfg", "train_cfg", "scores", "sources", "environment")  # as JSON: no tensors
+PLAIN = (  # as JSON: no tensors
+    *("model_cfg", "train_cfg", "scores", "sources", "environment", "ancestors"),
+)
 
 MAX_VALUES = 200_000  # 1024 blocks take 60 thousand
 MAX_DEPTH = 32

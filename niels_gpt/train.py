@@ -25,6 +25,9 @@ _STEP_FUNCTIONS = ("evaluate", "make_state", "train_step")
 @click.option(
     "--resume", type=CONFIG, metavar="PATH", help="Checkpoint to resume, or the word `latest`."
 )
+@click.option(
+    "--from", "parent", type=CONFIG, metavar="PATH", help="Start from a checkpoint's weights."
+)
 @click.option("--device", metavar="NAME", help="cpu, mps or cuda; default mps, else cpu.")
 @click.option("--out", type=PATH, metavar="DIR", help="Output folder (default checkpoints/).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")
@@ -40,6 +43,10 @@ def main(**given: Any) -> None:
         raise click.UsageError("--json requires --dry-run; a run writes metrics.jsonl")
     if options.allow_data_change and options.resume is None:
         raise click.UsageError("--allow-data-change requires --resume")
+    if None not in (options.resume, options.parent):
+        raise click.UsageError(
+            "--resume continues a run, --from starts a new one from its weights: give one of them"
+        )
     with process():
         from niels_gpt.run.launch import run_command
 

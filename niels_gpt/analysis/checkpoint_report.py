@@ -34,6 +34,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         "scores": found.scores._asdict(),
         "sources": found.sources or {},
         "environment": found.environment,
+        "ancestors": found.ancestors,
         "notes": found.messages,
     }
 
@@ -129,4 +130,5 @@ def _settings(c: Checkpoint) -> dict[str, Any]:
         "train_cfg": c.train_cfg,
         "sources": c.sources or {},
         "environment": c.environment,
+        "first weights": c.ancestors[0].digest if c.ancestors else "drawn",
     }

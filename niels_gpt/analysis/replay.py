@@ -6,7 +6,6 @@ after N.
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from niels_gpt.analysis.lineage import find_parent, is_parent, told_of
 from niels_gpt.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from niels_gpt.config import ModelConfig
 from niels_gpt.corpus import Corpus, advance, next_batch, open_corpus
@@ -24,7 +24,7 @@ from niels_gpt.loss import gradients, row_blocks, row_losses
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.model.gpt import without_storage
 from niels_gpt.optim.clip import clip_by_global_norm
-from niels_gpt.optim.trees import Tree, map_tensors
+from niels_gpt.optim.trees import Tree
 from niels_gpt.run.compile import compile_step
 from niels_gpt.run.metrics import Record, damage_in, read_metrics
 from niels_gpt.run.plan import data_changes, describe_environment, environment_changes
@@ -165,9 +165,12 @@ def _witness(path: Path, state: TrainState, end: Checkpoint) -> tuple[TrainState
     if state.step == end.step:
         return end.state, ""
     try:
-        there = read_checkpoint(path, state.device).state
+        found = read_checkpoint(path, state.device)
+        there = found.state
     except ValueError as error:
         return None, str(error)
+    if found.ancestors != end.ancestors:
+        return None, "it is of another run"
     if there[-2:] == state[-2:]:
         return there, ""
     return None, "it has another config"
@@ -189,25 +192,44 @@ def replay_files(
         ValueError, OSError: if the two are from different runs or the text differs.
     """
     last = to_device(open_checkpoint(end), device)
-    configs, on = last.configs, last.state.device
-    if start is None:
-        state = make_state(*configs, on)
-    else:
-        state = open_checkpoint(start, on).state_under(*configs)
+    state, begin = first_state(last) if start is None else _state_in(start, last)
     if state.step > last.step:
         raise ValueError(f"{start} is after {end}: step {state.step}, not before {last.step}")
     between = {
         step: path
-        for folder in {end.parent, *([start.parent] if start else [])}
+        for folder in {end.parent, *([start.parent] if start and not begin else [])}
         for step, path in periodic_files(folder).items()
         if state.step < step < last.step
     }
     metrics = end.with_name(METRICS)
     logged = {r["step"]: r for r in read_metrics(metrics) if r["kind"] == "train"}
     corpus, messages = open_corpus_of(last, sources)
-    messages += damage_in(metrics)
+    messages = [*begin, *messages, *damage_in(metrics)]
     verdict = replay(state, last, corpus, between, logged, on_step=on_step)
     return verdict._replace(notes=messages + verdict.notes)
+
+
+def _state_in(start: Path, last: Checkpoint) -> tuple[TrainState, list[str]]:
+    """Return the state of a checkpoint of a run, or the first one if the run began with it."""
+    found = open_checkpoint(start, last.state.device)
+    if is_parent(found, last):
+        return found.start_under(*last.configs), [told_of(found)]
+    if found.ancestors != last.ancestors:
+        raise ValueError(f"{start} is not of the run of {last.path}: their first weights differ")
+    return found.state_under(*last.configs), []
+
+
+def first_state(checkpoint: Checkpoint) -> tuple[TrainState, list[str]]:
+    """Return the initial state of the run of a checkpoint, and messages.
+
+    Raises:
+        FileNotFoundError: if it began with the weights of a checkpoint that is not found.
+    """
+    configs, device = checkpoint.configs, checkpoint.state.device
+    if not checkpoint.ancestors:
+        return make_state(*configs, device), []
+    parent = find_parent(checkpoint)
+    return parent.on(device).start_under(*configs), [told_of(parent)]
 
 
 def to_device(checkpoint: Checkpoint, device: str | None) -> Checkpoint:
@@ -217,7 +239,7 @@ def to_device(checkpoint: Checkpoint, device: str | None) -> Checkpoint:
             device = resolve_device(str(checkpoint.environment.get("device", "cpu")))
         except ValueError:
             device = "cpu"
-    return replace(checkpoint, params=map_tensors(lambda p: p.to(device), checkpoint.params))
+    return checkpoint.on(device)
 
 
 def open_corpus_of(checkpoint: Checkpoint, sources: StreamBuildConfig) -> tuple[Corpus, list[str]]:
@@ -329,7 +351,7 @@ def view_files(
     """
     nearest = _nearest(start, step) if start.is_dir() else open_checkpoint(start)
     checkpoint = to_device(nearest, device)
-    path, state = checkpoint.path, checkpoint.state
+    path, state, told = checkpoint.path, checkpoint.state, []
     total = state.train_cfg.total_steps
     if not 1 <= step <= total:
         raise ValueError(f"--step {step}: the run of {path} has steps 1 to {total}")
@@ -337,14 +359,14 @@ def view_files(
     if state.step >= step:
         if not start.is_dir():
             raise ValueError(f"{path} is after step {state.step}, too late for step {step}")
-        state = make_state(state.model_cfg, state.train_cfg, state.device)
+        state, told = first_state(checkpoint)
         begin = "the initial state"
     corpus, messages = open_corpus_of(checkpoint, sources)
     update = step_of(checkpoint)
     while state.step < step - 1:
         state, _ = advance(state, corpus, update)
         on_step(state.step)
-    return view_step(state, corpus), begin, messages
+    return view_step(state, corpus), begin, [*told, *messages]
 
 
 def _nearest(folder: Path, step: int) -> Checkpoint:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OnStep = Callable[[int, int], object]  # called with (done, total) steps of all models
+Start = Callable[[ModelConfig, TrainConfig, str], TrainState]  # as `make_state`
 
 TIMED_STEPS = 2
 MAX_MODELS = 10_000
@@ -178,10 +179,11 @@ def train_together(
     corpus: Corpus,
     device: str = "cpu",
     *,
+    start: Start = make_state,
     on_step: OnStep = lambda done, total: None,
 ) -> list[TrainState]:
     """Train a model for each config, all at once; return their final states."""
-    stacked = stack([make_state(model_cfg, cfg, device) for cfg in cfgs])
+    stacked = stack([start(model_cfg, cfg, device) for cfg in cfgs])
     total = cfgs[0].total_steps
     while stacked.step < total:
         stacked, _ = advance_all(stacked, cfgs, corpus)
@@ -195,12 +197,13 @@ def train_alone(
     corpus: Corpus,
     device: str = "cpu",
     *,
+    start: Start = make_state,
     on_step: OnStep = lambda done, total: None,
 ) -> list[TrainState]:
     """Like `train_together`, but one model after another with `train_step`, without `vmap`."""
     return [
         _train_one(
-            make_state(model_cfg, cfg, device),
+            start(model_cfg, cfg, device),
             replace(corpus, seed=cfg.seed),
             i,
             len(cfgs),

@@ -107,6 +107,13 @@ def _info_lines(found: dict[str, Any]) -> list[str]:
         ("parameters", f"{found['parameters']:,}"),
         ("model", _pairs(found["model_cfg"])),
         ("train", _pairs(found["train_cfg"])),
+        *(
+            (
+                "before that" if i else "began with",
+                f"the weights after step {step:,} of another run, sha256 {digest[:12]}",
+            )
+            for i, (digest, step) in enumerate(found["ancestors"])
+        ),
         ("trained with", _pairs(found["environment"]) or "-"),
         *(
             (

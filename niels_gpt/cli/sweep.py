@@ -23,7 +23,7 @@ from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_
 from niels_gpt.data.sources import Places
 
 if TYPE_CHECKING:
-    from niels_gpt.analysis.sweep import Cell, Cost, Result, Suggestion
+    from niels_gpt.analysis.sweep import Cell, Cost, Result, Start, Suggestion
     from niels_gpt.corpus import Corpus
 
 
@@ -49,6 +49,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> li
     "--config", type=CONFIG, required=True, metavar="FILE", help="JSON config, or a bare name."
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")
+@click.option("--from", "parent", type=PATH, metavar="PATH", help="Begin with its weights.")
 @click.option("--lr", "lrs", required=True, callback=_numbers, metavar="A,B,...", help="base_lr.")
 @click.option("--weight-decay", "decays", callback=_numbers, metavar="A,B,...")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N")
@@ -67,6 +68,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> li
 def main(
     config: str,
     overrides: tuple[str, ...],
+    parent: Path | None,
     lrs: list[float],
     decays: list[float] | None,
     seeds: int,
@@ -81,7 +83,8 @@ def main(
     """Train a model for each learning rate, weight decay and seed, and compare them.
 
     All models of a group are trained at once. Seeds count up from the config's; they change initial
-    weights, batches and dropout, not the text. `min_lr` keeps its ratio to the learning rate.
+    weights, batches and dropout, not the text. `min_lr` keeps its ratio to the learning rate. With
+    --from, every model begins with the weights of a checkpoint.
     """
     _refuse_without_effect(dry_run, solo)
     with exit_on_failure(2):
@@ -92,7 +95,7 @@ def main(
 
         plot.check_pictures(picture)
         limit_threads()
-        model_cfg, cfg = load_config_from_json(find_config(config), overrides)
+        model_cfg, cfg, start = _begin(config, overrides, parent, device)
         every_seed = range(cfg.seed, cfg.seed + seeds)
         cfgs = sweep.grid(cfg, lrs, decays or [cfg.weight_decay], every_seed)
         corpus = open_corpus(model_cfg, cfg, locate(places))
@@ -103,7 +106,22 @@ def main(
         return console.result({"cost": cost}, [_cost_line(cost, solo)], as_json=as_json)
     console.warn(_cost_line(cost, solo))
     with exit_on_failure(1):
-        _report(cost, _train(model_cfg, groups, corpus, device, solo), picture, as_json)
+        _report(cost, _train(model_cfg, groups, corpus, start, device, solo), picture, as_json)
+
+
+def _begin(
+    config: str, overrides: tuple[str, ...], parent: Path | None, device: str
+) -> tuple[ModelConfig, TrainConfig, Start]:
+    """Load the configs; also return how a model begins: drawn, or with the weights of `parent`."""
+    from niels_gpt.checkpoint import open_checkpoint
+    from niels_gpt.state import make_state
+
+    if parent is None:
+        return *load_config_from_json(find_config(config), overrides), make_state
+    found = open_checkpoint(parent, device)
+    model_cfg, cfg = load_config_from_json(find_config(config), overrides, model=found.model_cfg)
+    found.start_under(model_cfg, cfg)  # refuses another shape
+    return model_cfg, cfg, lambda model_cfg, cfg, device: found.start_under(model_cfg, cfg)
 
 
 def _refuse_without_effect(dry_run: bool, solo: bool) -> None:
@@ -133,6 +151,7 @@ def _train(
     model_cfg: ModelConfig,
     groups: list[list[TrainConfig]],
     corpus: Corpus,
+    start: Start,
     device: str,
     solo: bool,
 ) -> list[Result]:
@@ -142,7 +161,8 @@ def _train(
     train = sweep.train_alone if solo else sweep.train_together
     found = []
     for group in groups:
-        states = train(model_cfg, group, corpus, device, on_step=console.progress("step"))
+        shown = console.progress("step")
+        states = train(model_cfg, group, corpus, device, start=start, on_step=shown)
         found += sweep.results(states, corpus.val["wiki"], corpus.seed)
     return found
 

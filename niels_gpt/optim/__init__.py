@@ -104,7 +104,7 @@ def from_entries(entries: Mapping[str, Mapping[str, Any]], initial: OptState) ->
                 wanted = next(n for n, own in fresh.items() if type(own) is type(initial))
                 raise ValueError(
                     f"the optimizer state is that of {name}, but train.optimizer is {wanted}: "
-                    f"set it to {name} to continue"
+                    f"set it to {name} to continue, or start a new run from the weights (--from)"
                 )
         raise ValueError(f"the optimizer state is from another optimizer: it has {misfit}")
     trees = {

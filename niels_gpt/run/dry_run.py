@@ -68,7 +68,8 @@ def costs(plan: Plan) -> dict[str, Any]:
 def checkpoint_bytes(plan: Plan, state: TrainState) -> int:
     """Return the size of a checkpoint of this run."""
     scores = plan.scores._replace(best_val_loss=math.e)
-    return checkpoint_size(checkpoint_of(state, scores, plan.corpus.record, plan.environment))
+    record, environment = plan.corpus.record, plan.environment
+    return checkpoint_size(checkpoint_of(state, scores, record, environment, plan.ancestors))
 
 
 def periodic_checkpoints(cfg: TrainConfig) -> int:

@@ -68,7 +68,8 @@ class Folder:
         return f"last good checkpoint: {self.good}" if self.good else "no checkpoint yet"
 
     def _checkpoint(self, state: TrainState, scores: Scores) -> Checkpoint:
-        return checkpoint_of(state, scores, self._plan.corpus.record, self.environment)
+        plan = self._plan
+        return checkpoint_of(state, scores, plan.corpus.record, self.environment, plan.ancestors)
 
     def _write(self, names: Sequence[str], checkpoint: Checkpoint) -> None:
         write_checkpoint([self.path / name for name in names], checkpoint)

@@ -7,15 +7,15 @@ Torch is imported only after the config has been validated.
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import TYPE_CHECKING
 
-from niels_gpt.config import find_config, load_config_from_json
+from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_from_json
 from niels_gpt.device import keep_freed_memory, limit_threads
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.stop import Stop, Stopped
 
 if TYPE_CHECKING:
+    from niels_gpt.run.origin import Origin
     from niels_gpt.run.plan import Plan
     from niels_gpt.run.progress import Console
 
@@ -45,25 +45,28 @@ def run_command(options: TrainOptions, console: Console) -> int:
 
 def _prepare(options: TrainOptions, locks: contextlib.ExitStack) -> Plan:
     """Validate the config before importing torch, so that mistakes are reported at once."""
-    model_cfg, train_cfg = load_config_from_json(find_config(options.config), options.overrides)
+    own = None if options.parent else _configs(options)
     keep_freed_memory()
     limit_threads()
     from niels_gpt.files import durable
-    from niels_gpt.run.plan import make_plan, output_folder
+    from niels_gpt.run.origin import check_origin, find_origin, output_folder
+    from niels_gpt.run.plan import make_plan
 
-    if options.resume not in (None, "latest") and not os.path.exists(options.resume):
-        raise FileNotFoundError(f"--resume {options.resume}: no such checkpoint")
-    if options.resume is not None and os.path.isdir(options.resume) and options.resume != "latest":
-        raise ValueError(
-            f"--resume {options.resume}: is a folder; use "
-            f"--resume latest --out {options.resume} for the newest good checkpoint in it"
-        )
+    check_origin(options)
     out = output_folder(options)
-    if options.resume == "latest" and not out.is_dir():
-        raise FileNotFoundError(f"--resume latest: folder not found: {out}")
     if options.dry_run:
         durable.check_folder(out)
     else:
         durable.make_folder(out)
         locks.enter_context(durable.lock_folder(out))
-    return make_plan(model_cfg, train_cfg, options)
+    origin = find_origin(options)
+    return make_plan(*(own or _configs(options, origin)), options, origin)
+
+
+def _configs(
+    options: TrainOptions, origin: Origin | None = None
+) -> tuple[ModelConfig, TrainConfig]:
+    """Load the configs; with `--from`, the model's missing values are those of its checkpoint."""
+    model = origin.parent.model_cfg if origin and origin.parent else {}
+    path = find_config(options.config)
+    return load_config_from_json(path, options.overrides, model=model)

@@ -12,6 +12,7 @@ class TrainOptions:
     config: str
     overrides: tuple[str, ...] = ()
     resume: str | None = None
+    parent: str | None = None  # `--from`, the checkpoint whose weights the run starts from
     device: str | None = None
     out: Path | None = None
     places: Mapping[str, Path] = field(default_factory=dict)  # of sources, by name

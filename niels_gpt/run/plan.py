@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from niels_gpt import paths
-from niels_gpt.checkpoint import Checkpoint, SourceRecords, newest_good, open_checkpoint
-from niels_gpt.config import ModelConfig, TrainConfig, to_dict
+from niels_gpt.checkpoint import Ancestor, Checkpoint, SourceRecords
+from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.corpus import Corpus, open_corpus
 from niels_gpt.device import resolve_device
 from niels_gpt.eval import Scores
@@ -25,8 +24,9 @@ from niels_gpt.optim import optimizer_of, to_entries
 from niels_gpt.run.best import resumed_scores
 from niels_gpt.run.metrics import Record, damage_in, read_metrics, records_until
 from niels_gpt.run.options import TrainOptions
+from niels_gpt.run.origin import Origin, find_origin, output_folder
 from niels_gpt.schema import parameter_shapes
-from niels_gpt.state import TrainState, make_state
+from niels_gpt.state import TrainState
 from niels_gpt.streams import as_recorded, locate
 
 COMPILE_FLOPS = 1e14  # compile longer runs by default: about 20 minutes on two cores
@@ -44,26 +44,28 @@ class Plan(NamedTuple):
     environment: dict[str, Any]  # other conditions that can change bits
     why_compile: str  # why the step is compiled or not
     resumed: Checkpoint | None
+    ancestors: tuple[Ancestor, ...]  # where the first weights come from
     messages: list[str]  # for the user
 
 
-def make_plan(model_cfg: ModelConfig, train_cfg: TrainConfig, options: TrainOptions) -> Plan:
+def make_plan(
+    model_cfg: ModelConfig,
+    train_cfg: TrainConfig,
+    options: TrainOptions,
+    origin: Origin | None = None,
+) -> Plan:
     """Validate and load everything that a run needs.
+
+    Args:
+        origin: that of the options, if it is already open.
 
     Raises:
         ValueError, RuntimeError, OSError: for invalid input; nothing was changed.
     """
     _check_size(model_cfg, train_cfg)
     device = resolve_device(options.device)
-    resumed: Checkpoint | None = None
-    messages: list[str] = []
-    if options.resume is None:
-        state = make_state(model_cfg, train_cfg, device)
-    else:
-        resumed, messages = find_resume(options.resume, output_folder(options), device)
-        state = resumed.state_under(model_cfg, train_cfg)
-        _refuse_beyond_the_end(resumed, train_cfg)
-        messages += resume_messages(resumed, train_cfg)
+    origin = origin or find_origin(options)
+    state, resumed = origin.state(model_cfg, train_cfg, device), origin.resumed
     where = locate(options.places, write_cache=not options.dry_run)
     where = as_recorded(where, resumed.sources if resumed else None)
     corpus = open_corpus(model_cfg, train_cfg, where)
@@ -81,7 +83,13 @@ def make_plan(model_cfg: ModelConfig, train_cfg: TrainConfig, options: TrainOpti
         environment=environment,
         why_compile=why,
         resumed=resumed,
-        messages=[*messages, *told, *schedule_messages(train_cfg), *corpus.messages],
+        ancestors=origin.ancestors,
+        messages=[
+            *origin.messages(train_cfg),
+            *told,
+            *schedule_messages(train_cfg),
+            *corpus.messages,
+        ],
     )
 
 
@@ -122,33 +130,6 @@ def _check_size(model_cfg: ModelConfig, train_cfg: TrainConfig) -> None:
         )
 
 
-def output_folder(options: TrainOptions) -> Path:
-    """Return the output folder: as given, else that of the checkpoint to resume."""
-    if options.out is not None:
-        return options.out
-    if options.resume in (None, "latest"):
-        return paths.CHECKPOINT_DIR
-    return Path(options.resume).parent
-
-
-def find_resume(name: str, folder: Path, device: str) -> tuple[Checkpoint, list[str]]:
-    """Open the checkpoint to resume: a path, or `latest` for the newest good one in a folder.
-
-    Also returns a line for each damaged one that `latest` skipped.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        CheckpointError: if the named file is invalid.
-    """
-    if name != "latest":
-        return open_checkpoint(name, device), []
-    found, skipped = newest_good(folder, device)
-    if found is None:
-        why = "".join(f"; {path.name}: {reason}" for path, reason in skipped)
-        raise FileNotFoundError(f"--resume latest: no good checkpoint in {folder}{why}")
-    return found, [f"{path}: skipped, {why}" for path, why in skipped]
-
-
 def describe_environment(device: str, compiled: bool) -> dict[str, Any]:
     """Return the conditions, besides config and data, that can change the bits of a run."""
     return {
@@ -160,17 +141,6 @@ def describe_environment(device: str, compiled: bool) -> dict[str, Any]:
     }
 
 
-def resume_messages(resumed: Checkpoint, train_cfg: TrainConfig) -> list[str]:
-    """Return messages about inexact resumption and changed settings."""
-    before, now = resumed.train_cfg, to_dict(train_cfg)
-    changed = [
-        f"train.{name}: {before[name]!r} in the checkpoint, now {now[name]!r}"
-        for name in now
-        if name in before and before[name] != now[name]
-    ]
-    return [*(f"{resumed.path}: {message}" for message in resumed.messages), *changed]
-
-
 def schedule_messages(cfg: TrainConfig) -> list[str]:
     """Return a message if the warmup does not end before the run does."""
     if cfg.warmup_steps < cfg.total_steps:
@@ -180,15 +150,6 @@ def schedule_messages(cfg: TrainConfig) -> list[str]:
         f"train.warmup_steps={cfg.warmup_steps} is not below train.total_steps={cfg.total_steps}: "
         f"the learning rate only rises to {last:.3g} and does not reach base_lr={cfg.base_lr:.3g}"
     ]
-
-
-def _refuse_beyond_the_end(resumed: Checkpoint, cfg: TrainConfig) -> None:
-    if resumed.step > cfg.total_steps:
-        raise ValueError(
-            f"{resumed.path}: has finished {resumed.step} steps, but train.total_steps is "
-            f"{cfg.total_steps}: set it to more than {resumed.step}, "
-            "or resume from an earlier checkpoint"
-        )
 
 
 def data_changes(before: SourceRecords | None, sources: SourceRecords) -> list[str]:

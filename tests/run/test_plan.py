@@ -7,7 +7,7 @@ import pytest
 from niels_gpt import schema
 from niels_gpt.checkpoint import checkpoint_of, open_checkpoint, write_checkpoint
 from niels_gpt.config import TrainConfig
-from niels_gpt.run import plan
+from niels_gpt.run import origin, plan
 from niels_gpt.state import make_state
 from tests.checkpoints import TINY
 
@@ -67,7 +67,7 @@ def test_a_model_whose_checkpoints_could_not_be_loaded_is_refused_before_it_is_m
     niels, tmp_path, monkeypatch, option
 ):
     """Its checkpoint would take 2.5 TB; making the model would fail in another way."""
-    monkeypatch.delattr(plan, "make_state")
+    monkeypatch.delattr(origin, "make_state")
     sets = [word for setting in WIDE for word in ("--set", setting)]
     result = niels("train", "--config", "smoke", "--out", tmp_path / "out", *sets, *option)
     assert result.exit_code == 2

@@ -1,0 +1,127 @@
+"""Where a run begins: at nothing, at a checkpoint, or with the weights of one."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from niels_gpt import paths
+from niels_gpt.checkpoint import Ancestor, Checkpoint, newest_good, open_checkpoint
+from niels_gpt.config import ModelConfig, TrainConfig, to_dict
+from niels_gpt.files.names import BEST
+from niels_gpt.run.options import TrainOptions
+from niels_gpt.state import TrainState, make_state
+
+
+class Origin(NamedTuple):
+    """The checkpoint of `--resume` or that of `--from`; neither if the run starts from nothing."""
+
+    resumed: Checkpoint | None = None
+    parent: Checkpoint | None = None
+    skipped: tuple[str, ...] = ()  # a line for each damaged checkpoint that `latest` passed over
+
+    @property
+    def ancestors(self) -> tuple[Ancestor, ...]:
+        """Return where the first weights of the run come from."""
+        if self.parent is not None:
+            return self.parent.lineage
+        return self.resumed.ancestors if self.resumed is not None else ()
+
+    def state(self, model_cfg: ModelConfig, train_cfg: TrainConfig, device: str) -> TrainState:
+        """Return the state with which the run begins.
+
+        Raises:
+            ValueError: if the checkpoint's model, optimizer or step does not suit the configs.
+        """
+        if self.parent is not None:
+            return self.parent.on(device).start_under(model_cfg, train_cfg)
+        if self.resumed is None:
+            return make_state(model_cfg, train_cfg, device)
+        state = self.resumed.on(device).state_under(model_cfg, train_cfg)
+        _refuse_beyond_the_end(self.resumed, train_cfg)
+        return state
+
+    def messages(self, train_cfg: TrainConfig) -> list[str]:
+        """Return what the user should know of it."""
+        if self.parent is not None:
+            shape = ", ".join(f"{name} {value}" for name, value in to_dict(self.parent.cfg).items())
+            return [
+                f"starting from the weights of {self.parent.path} after step {self.parent.step:,}, "
+                f"a model of {shape}"
+            ]
+        if self.resumed is None:
+            return []
+        return [*self.skipped, *_resume_messages(self.resumed, train_cfg)]
+
+
+def find_origin(options: TrainOptions) -> Origin:
+    """Open the checkpoint that the options name, if they name one.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        CheckpointError: if it is invalid.
+    """
+    if options.parent is not None:
+        return Origin(parent=open_checkpoint(options.parent))
+    if options.resume is None:
+        return Origin()
+    if options.resume == "latest":
+        return _newest(output_folder(options))
+    return Origin(resumed=open_checkpoint(options.resume))
+
+
+def check_origin(options: TrainOptions) -> None:
+    """Raise OSError or ValueError if the options name no file as the checkpoint."""
+    folder = output_folder(options)
+    if options.resume == "latest":
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--resume latest: folder not found: {folder}")
+    elif options.resume is not None:
+        latest = f"use --resume latest --out {options.resume} for the newest good checkpoint in it"
+        _check_is_file("--resume", options.resume, latest)
+    if options.parent is not None:
+        _check_is_file("--from", options.parent, f"name a checkpoint in it, such as {BEST}")
+
+
+def output_folder(options: TrainOptions) -> Path:
+    """Return the output folder: as given, else that of the checkpoint to resume."""
+    if options.out is not None:
+        return options.out
+    if options.resume in (None, "latest"):
+        return paths.CHECKPOINT_DIR
+    return Path(options.resume).parent
+
+
+def _check_is_file(option: str, name: str, instead: str) -> None:
+    if not os.path.exists(name):
+        raise FileNotFoundError(f"{option} {name}: no such checkpoint")
+    if os.path.isdir(name):
+        raise ValueError(f"{option} {name}: is a folder; {instead}")
+
+
+def _newest(folder: Path) -> Origin:
+    """Open the newest good checkpoint of a folder."""
+    found, skipped = newest_good(folder)
+    if found is None:
+        why = "".join(f"; {path.name}: {reason}" for path, reason in skipped)
+        raise FileNotFoundError(f"--resume latest: no good checkpoint in {folder}{why}")
+    return Origin(resumed=found, skipped=tuple(f"{p}: skipped, {why}" for p, why in skipped))
+
+
+def _resume_messages(resumed: Checkpoint, train_cfg: TrainConfig) -> list[str]:
+    """Return messages about inexact resumption and changed settings."""
+    before, now = resumed.train_cfg, to_dict(train_cfg)
+    changed = [
+        f"train.{name}: {before[name]!r} in the checkpoint, now {now[name]!r}"
+        for name in now
+        if name in before and before[name] != now[name]
+    ]
+    return [*(f"{resumed.path}: {message}" for message in resumed.messages), *changed]
+
+
+def _refuse_beyond_the_end(resumed: Checkpoint, cfg: TrainConfig) -> None:
+    if resumed.step > cfg.total_steps:
+        raise ValueError(
+            f"{resumed.path}: has finished {resumed.step} steps, but train.total_steps is "
+            f"{cfg.total_steps}: set it to more than {resumed.step}, "
+            "or resume from an earlier checkpoint"
+        )
