@@ -33,6 +33,8 @@ _STEP_FUNCTIONS = ("evaluate", "make_state", "train_step")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")
 @source_options
 @click.option("--compile/--no-compile", default=None, help="Compile the step.")
+@click.option("--no-sample", "sample", flag_value=False, default=True, help="Print no sample text.")
+@click.option("--sample-every-eval", is_flag=True, help="Print one with each evaluation too.")
 @click.option("--dry-run", is_flag=True, help="Check and estimate everything, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the estimate as JSON.")
 @click.option("--allow-data-change", is_flag=True, help="Allow resuming on different text.")
@@ -41,6 +43,8 @@ def main(**given: Any) -> None:
     options = TrainOptions(**given)
     if options.as_json and not options.dry_run:
         raise click.UsageError("--json requires --dry-run; a run writes metrics.jsonl")
+    if options.sample_every_eval and not options.sample:
+        raise click.UsageError("--sample-every-eval has no effect with --no-sample")
     if options.allow_data_change and options.resume is None:
         raise click.UsageError("--allow-data-change requires --resume")
     if None not in (options.resume, options.parent):

@@ -351,11 +351,11 @@ def view_files(
     """
     nearest = _nearest(start, step) if start.is_dir() else open_checkpoint(start)
     checkpoint = to_device(nearest, device)
-    path, state, told = checkpoint.path, checkpoint.state, []
+    path, state = checkpoint.path, checkpoint.state
     total = state.train_cfg.total_steps
     if not 1 <= step <= total:
         raise ValueError(f"--step {step}: the run of {path} has steps 1 to {total}")
-    begin = path.name
+    begin, told = path.name, list[str]()
     if state.step >= step:
         if not start.is_dir():
             raise ValueError(f"{path} is after step {state.step}, too late for step {step}")

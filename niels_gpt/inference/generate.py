@@ -17,7 +17,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -213,9 +213,11 @@ def generate(
     seed: int = 0,
     samples: Sequence[int] = (0,),
     sampling: Sampling | None = None,
+    purpose: str = "sample",
 ) -> list[bytes]:
     """Return max_bytes bytes that continue the prompt for every sample, as `stream` does."""
-    steps = stream(params, cfg, prompt, max_bytes, seed=seed, samples=samples, sampling=sampling)
+    how: dict[str, Any] = {"seed": seed, "samples": samples, "sampling": sampling}
+    steps = stream(params, cfg, prompt, max_bytes, purpose=purpose, **how)
     columns = zip(*steps, strict=True)
     return [bytes(column) for column in columns] or [b"" for _ in samples]
 

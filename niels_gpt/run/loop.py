@@ -40,6 +40,7 @@ class Ports:
     check_stop: Callable[[], None]
     may_stop: Callable[[], AbstractContextManager[None]]  # a signal may interrupt the code inside
     check_each: bool  # check the loss of every step before adopting its state
+    show: Callable[[TrainState], None] = lambda state: None  # after an evaluation, once it is saved
 
 
 def run(state: TrainState, scores: Scores, ports: Ports) -> tuple[TrainState, Scores, bool]:
@@ -56,6 +57,7 @@ def run(state: TrainState, scores: Scores, ports: Ports) -> tuple[TrainState, Sc
     try:
         if state.step and evaluation_due(state) and not _is_evaluated(state, scores):
             scores, saved = _evaluate(state, scores, ports)
+            ports.show(state)
         while state.step < cfg.total_steps:
             ports.check_stop()
             lr = ports.lr(state.step)
@@ -70,6 +72,7 @@ def run(state: TrainState, scores: Scores, ports: Ports) -> tuple[TrainState, Sc
                 check_finite(state.step, metrics)
                 saved = ports.save([LATEST], state, scores)
                 scores, saved = _evaluate(state, scores, ports)
+                ports.show(state)
             elif state.step % cfg.ckpt_every == 0:
                 check_finite(state.step, metrics)
                 saved = ports.save([step_name(state.step), LATEST], state, scores)

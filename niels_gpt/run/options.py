@@ -20,3 +20,5 @@ class TrainOptions:
     dry_run: bool = False
     as_json: bool = False
     allow_data_change: bool = False
+    sample: bool = True  # print a short text by the model at the end
+    sample_every_eval: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from collections.abc import Iterable
 from typing import Protocol
@@ -21,6 +22,10 @@ class Console(Protocol):
     @property
     def is_live(self) -> bool:
         """Whether a live line is visible."""
+
+    @property
+    def is_read(self) -> bool:
+        """Whether what is printed can reach anyone."""
 
     def say(self, *lines: str) -> None:
         """Print lines."""
@@ -66,7 +71,8 @@ class Reporter:
         self._total = cfg.total_steps
         self._batch_bytes = cfg.B * plan.state.model_cfg.T
         self._before = max((r.get("seconds", 0.0) for r in plan.records), default=0.0)
-        self._losses: list[float] = []  # first and last logged
+        logged = [r["loss"] for r in plan.records if isinstance(r.get("loss"), float)]
+        self._losses = [*logged[:1], *logged[-1:]]  # first and last logged
         self._start = self._last_time = time.monotonic()
         self._last_step = plan.state.step
         self._shown = 0.0
@@ -108,10 +114,16 @@ class Reporter:
         self._record("eval", step, now, {"val_wiki_loss": loss})
         self._last_time, self._last_step = now, step
 
+    def on_text(self, step: int, text: str) -> None:
+        """Print what the model writes; its time does not count towards the speed."""
+        self._console.say(f"what the model writes after step {step}:", "", _indented(text), "")
+        self._last_time, self._last_step = time.monotonic(), step
+
     def closing(self, state: TrainState, scores: Scores) -> None:
         """Print a summary of the run."""
-        say = self._console.say
-        say(f"finished {state.step} steps in {_duration(time.monotonic() - self._start)}")
+        say, now = self._console.say, time.monotonic() - self._start
+        in_all = f", {_duration(self._before + now)} in all" if self._before else ""
+        say(f"finished {state.step} steps in {_duration(now)}{in_all}")
         if self._losses:
             say(f"training loss: first logged {self._losses[0]:.4f}, last {self._losses[-1]:.4f}")
         if scores.val_loss is not None:
@@ -136,6 +148,10 @@ class Reporter:
             self._metrics.add({**seen, **values, "seconds": seconds, **clock})
         except OSError as error:
             self._console.warn(f"{self._metrics.path}: {error.strerror}; will retry")
+
+
+def _indented(text: str) -> str:
+    return textwrap.indent(text, "    ", lambda line: True)
 
 
 def _duration(seconds: float) -> str:

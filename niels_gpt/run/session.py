@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 from niels_gpt.eval import evaluate
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.run import loop
 from niels_gpt.run.compile import choose_step
+from niels_gpt.run.excerpt import excerpt
 from niels_gpt.run.folder import Folder
 from niels_gpt.run.loop import NonFiniteError
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.plan import Plan
 from niels_gpt.run.progress import Console, Reporter, say_opening
 from niels_gpt.run.stop import Stop, Stopped
+from niels_gpt.state import TrainState
 from niels_gpt.step import StepFunction, train_step
 
 
@@ -26,8 +30,15 @@ def train(plan: Plan, options: TrainOptions, console: Console, stop: Stop) -> in
     try:
         step = _step_of(plan, folder, console, stop)
         reporter = Reporter(plan, folder.metrics, console)
+        show = partial(_show_text, reporter, console, stop)
         ports = ports_of(plan, folder, reporter, stop, step)
+        if options.sample_every_eval:
+            ports = replace(ports, show=show)
         state, scores, saved = loop.run(plan.state, plan.scores, ports)
+        if saved:
+            reporter.closing(state, scores)
+            if options.sample and (not options.sample_every_eval or state.step == plan.state.step):
+                show(state)
     except Stopped as stopped:
         console.warn(f"stopped by {stopped}; {folder.last_good()}")
         if folder.good is not None:
@@ -39,9 +50,21 @@ def train(plan: Plan, options: TrainOptions, console: Console, stop: Stop) -> in
     if not saved:
         console.fail("the final save failed", folder.last_good())
         return 1
-    reporter.closing(state, scores)
     console.say(resume_line(options, folder))
     return 0
+
+
+def _show_text(reporter: Reporter, console: Console, stop: Stop, state: TrainState) -> None:
+    """Print what the model writes; the state has been saved, so a signal may end this at once."""
+    if not console.is_read:
+        return
+    with stop.immediately():
+        try:
+            text = excerpt(state)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            console.warn(f"no sample: {error}")
+            return
+    reporter.on_text(state.step, text)
 
 
 def _step_of(plan: Plan, folder: Folder, console: Console, stop: Stop) -> StepFunction:

@@ -426,7 +426,7 @@ MUTANTS = {
     ),
     "metrics not truncated on a resume": Mutant(
         "run/plan",
-        "records = records_until(read_metrics(logged), state.step, resumed.scores.val_step)",
+        "records = records_until(read_metrics(logged), resumed.step, resumed.scores.val_step)",
         "records = read_metrics(logged)",
         TRAIN,
         "ends_in_the_same_bytes",

@@ -31,6 +31,13 @@ class Console:
         """Whether a live line is visible."""
         return sys.stderr.isatty()
 
+    @property
+    def is_read(self) -> bool:
+        """Whether stdout can reach anyone: it cannot if it is closed, lost or /dev/null."""
+        with contextlib.suppress(OSError):  # a stream of a program is no file
+            return not os.path.samestat(os.fstat(sys.stdout.fileno()), os.stat(os.devnull))
+        return True
+
     def write(self, text: str) -> None:
         """Write to stdout and flush, in any encoding."""
         self._clear()

@@ -156,3 +156,19 @@ def test_json_has_null_for_what_is_not_finite():
 def test_a_system_error_is_told_with_its_path():
     assert describe(OSError(28, "No space left", "x.pt")) == "x.pt: No space left (errno 28)"
     assert describe(ValueError("H=3")) == "H=3"
+
+
+@pytest.mark.parametrize(
+    ("stdout", "is_read"), [("/dev/null", False), ("out.txt", True), (None, True), (">&-", False)]
+)
+def test_it_is_known_whether_anyone_can_read_the_output(tmp_path, stdout, is_read):
+    code = (
+        "import sys; from niels_gpt.cli.shared.output import Console, process\n"
+        "with process(): print(Console().is_read, file=sys.stderr)"
+    )
+    where = {None: "| cat", ">&-": ">&-"}.get(stdout, f"> {stdout}")
+    command = f'{sys.executable} -W ignore -c "{code}" {where}'
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert result.stderr.split() == [str(is_read)]
