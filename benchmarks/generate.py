@@ -17,7 +17,8 @@ from torch import Tensor
 from benchmarks.timing import describe_machine
 from niels_gpt import ModelConfig, TrainConfig, make_state
 from niels_gpt.device import keep_freed_memory
-from niels_gpt.inference.generate import begin, bind, extend, window_start
+from niels_gpt.inference.cached import bind
+from niels_gpt.inference.generate import begin, extend, window_start
 from niels_gpt.loss import forward
 from niels_gpt.optim.trees import Tree
 
@@ -26,13 +27,13 @@ Side = Callable[[], None]
 
 def cached(params: Tree, cfg: ModelConfig, text: Tensor) -> Side:
     """Read what follows the first T of the texts (B, T + n), one byte at a time."""
-    model = bind(params, cfg)
-    first = begin(model, text[:, : cfg.T])
+    weights = bind(params, cfg)
+    first = begin(weights, text[:, : cfg.T])
 
     def side() -> None:
         context = first
         for ids in text[:, cfg.T :].unbind(1):
-            context = extend(model, context, ids)
+            context = extend(weights, context, ids)
 
     return side
 

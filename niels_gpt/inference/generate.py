@@ -13,7 +13,6 @@ Shapes: B texts, t bytes in the window (at most T), V byte values.
 """
 
 import codecs
-import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from niels_gpt.config import ModelConfig
+from niels_gpt.inference.cached import Cache, Weights, bind, empty_cache, read_first, read_next
 from niels_gpt.loss import rows_per_block
-from niels_gpt.model.blocks import KV
-from niels_gpt.model.gpt import GPT, Past, no_past, skeleton
 from niels_gpt.optim.trees import Tree
 from niels_gpt.rng import keyed_generator
 
@@ -37,9 +35,19 @@ BYTES = 256  # a larger vocabulary has more ids; only these are drawn
 class Context(NamedTuple):
     """Everything that the next byte of each of B texts depends on."""
 
-    window: Tensor  # (B, t) int64, the visible bytes
-    past: Past  # their keys and values
+    cache: Cache  # of which this context is the first t positions
+    t: int
     logits: Tensor  # (B, V) of the byte after them
+
+    @property
+    def window(self) -> Tensor:
+        """The visible bytes, (B, t) int64."""
+        return self.cache.ids[:, : self.t]
+
+    @property
+    def past(self) -> Tensor:
+        """Their rotated keys and their values, (L, 2, B, H, t, D)."""
+        return self.cache.kv[..., : self.t, :]
 
 
 @dataclass(frozen=True)
@@ -66,63 +74,43 @@ class Sampling:
 # --- the window --------------------------------------------------------------------------------
 
 
-def bind(params: Tree, cfg: ModelConfig) -> GPT:
-    """Return a model in eval mode whose weights are these tensors, not copies.
-
-    Calling it takes half a millisecond less than `functional_call`, which matters for one byte.
-    """
-    model = copy.deepcopy(skeleton(cfg))
-    tied = {**params, "lm_head.weight": params["tok_emb.weight"]}
-    model.load_state_dict(tied, assign=True)
-    model.lm_head.weight = model.tok_emb.weight  # assigning unties them
-    return model
-
-
 def window_start(n: int, T: int) -> int:
     """Return where the window of a text of n bytes starts: 0 up to n = T, then in halves of T."""
     half = T - T // 2
     return max(0, math.ceil((n - T) / half) * half)
 
 
-@torch.no_grad()
-def begin(model: GPT, ids: Tensor) -> Context:
-    """Read the windows of texts (B, n), n at least 1, in one pass; `model` in eval mode."""
-    window = ids[:, window_start(ids.shape[1], model.cfg.T) :]
-    blocks = torch.split(window, rows_per_block(window.shape[1]))
-    parts = [_read(model, block, no_past(model.cfg, len(block), ids.device)) for block in blocks]
-    return parts[0] if len(parts) == 1 else _stack(parts)
+@torch.inference_mode()
+def begin(weights: Weights, ids: Tensor) -> Context:
+    """Read the windows of texts (B, n), n at least 1, in one pass."""
+    window = ids[:, window_start(ids.shape[1], weights.cfg.T) :]
+    B, t = window.shape
+    cache = empty_cache(weights, B)
+    size = rows_per_block(t)
+    blocks = [slice(start, min(start + size, B)) for start in range(0, B, size)]
+    logits = [read_first(weights, window[rows], cache, rows)[:, :BYTES] for rows in blocks]
+    cache.filled = t
+    return Context(cache, t, torch.cat(logits))
 
 
-@torch.no_grad()
-def extend(model: GPT, context: Context, ids: Tensor) -> Context:
-    """Append one byte (B,) to each text."""
-    T = model.cfg.T
-    if context.window.shape[1] == T:
-        return begin(model, torch.cat((context.window[:, T - T // 2 :], ids[:, None]), dim=1))
-    read = _read(model, ids[:, None], context.past)
-    return read._replace(window=torch.cat((context.window, read.window), dim=1))
-
-
-def _read(model: GPT, ids: Tensor, past: Past) -> Context:
-    """Read bytes (B, n) after those that `past` holds."""
-    logits, past = model.read(ids, past)
-    return Context(ids, past, logits[:, -1, :BYTES])
-
-
-def _stack(parts: Sequence[Context]) -> Context:
-    """Join the texts of several contexts into one."""
-    windows, pasts, logits = zip(*parts, strict=True)
-    past = tuple(
-        KV(torch.cat([kv.k for kv in of_block]), torch.cat([kv.v for kv in of_block]))
-        for of_block in zip(*pasts, strict=True)
-    )
-    return Context(torch.cat(windows), past, torch.cat(logits))
+@torch.inference_mode()
+def extend(weights: Weights, context: Context, ids: Tensor) -> Context:
+    """Append one byte (B,) to each text. A second future of one context gets a cache of its own."""
+    cache, t, _ = context
+    T = weights.cfg.T
+    if t == T:
+        return begin(weights, torch.cat((context.window[:, T - T // 2 :], ids[:, None]), dim=1))
+    if cache.filled != t:
+        cache = cache.fork(t)
+    cache.filled = t + 1
+    return Context(cache, t + 1, read_next(weights, ids, cache, t)[:, :BYTES])
 
 
 def _repeat(context: Context, n: int) -> Context:
-    """Expand the single text of a context to n texts, without copying."""
-    past = tuple(KV(kv.k.expand(n, -1, -1, -1), kv.v.expand(n, -1, -1, -1)) for kv in context.past)
-    return Context(context.window.expand(n, -1), past, context.logits.expand(n, -1))
+    """Copy the single text of a context n times."""
+    if n == 1:
+        return context
+    return Context(context.cache.fork(context.t, n), context.t, context.logits.expand(n, -1))
 
 
 # --- drawing a byte ----------------------------------------------------------------------------
@@ -168,7 +156,7 @@ def invert_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
 # --- texts -------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def stream(
     params: Tree,
     cfg: ModelConfig,
@@ -194,14 +182,14 @@ def stream(
     generators = [keyed_generator(seed, purpose, i) for i in samples]
     device = params["tok_emb.weight"].device
     seen = (prompt or START)[window_start(len(prompt), cfg.T) :]
-    model = bind(params, cfg)
-    context = _repeat(begin(model, torch.tensor([list(seen)], device=device)), len(generators))
+    weights = bind(params, cfg)
+    context = _repeat(begin(weights, torch.tensor([list(seen)], device=device)), len(generators))
     for left in reversed(range(max_bytes)):
         uniforms = torch.cat([torch.rand(1, generator=generator) for generator in generators])
         ids = invert_cdf(distribution(context.logits.cpu(), sampling), uniforms)
         yield bytes(ids.tolist())
         if left:
-            context = extend(model, context, ids.to(device))
+            context = extend(weights, context, ids.to(device))
 
 
 def generate(

@@ -5,13 +5,10 @@ Shapes: B batch, T positions, C model width, H heads, D = C/H head width. Activa
 Dropout acts once on each residual branch, on the embedding, and on the attention probabilities.
 Its randomness comes either from the keys in `drop` (see `niels_gpt.model.dropout`) or, with
 `drop=None` and in `train()` mode, from torch's global generator as in any module.
-
-`extend` continues a text of t known positions: their keys and values are an argument and are
-returned extended, so nothing is computed twice and nothing is stored here.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +19,6 @@ from niels_gpt.model import dropout, rope
 
 STD = 0.02  # of the first weights
 Q_BLOCK = 64  # queries per block: later keys are skipped, about half of all scores
-
-
-class KV(NamedTuple):
-    """The rotated keys and the values of the positions that one attention layer has seen."""
-
-    k: Tensor  # (B, H, t, D)
-    v: Tensor  # (B, H, t, D)
 
 
 def init_weights(module: nn.Module, generator: torch.Generator | None = None) -> None:
@@ -81,15 +71,6 @@ class CausalSelfAttention(nn.Module):
             return y
         return y, torch.cat([F.pad(p, (0, T - p.shape[-1])) for p in attn], dim=-2)
 
-    def extend(self, x: Tensor, past: KV, *, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, KV]:
-        """Map x (B, T, C), which follows the t positions of `past`; also return `past` extended.
-
-        `tables` are for positions t to t + T.
-        """
-        q, k, v = self._rotated(x, tables)
-        seen = KV(torch.cat((past.k, k), dim=-2), torch.cat((past.v, v), dim=-2))
-        return self._attend(q, *seen), seen
-
     def _rotated(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries and keys, and values, each (B, H, T, D)."""
         q, k, v = (
@@ -107,14 +88,13 @@ class CausalSelfAttention(nn.Module):
         drop: Tensor | None = None,
         attn: list[Tensor] | None = None,
     ) -> Tensor:
-        """Let the queries of the last T positions attend to all keys up to each; return (B, T, C).
+        """Let the query of each position attend to all keys up to it; return (B, T, C).
 
         Appends the probabilities of each block of queries to `attn`.
         """
         T, D = q.shape[-2:]
-        t = k.shape[-2] - T
         queries = (q * D**-0.5).split(Q_BLOCK, dim=-2)
-        stops = tuple(t + min(stop, T) for stop in range(Q_BLOCK, T + Q_BLOCK, Q_BLOCK))
+        stops = tuple(min(stop, T) for stop in range(Q_BLOCK, T + Q_BLOCK, Q_BLOCK))
         rows: list[Tensor] = []
         first = 0
         for q, seen_k, seen_v in zip(queries, prefixes(k, stops), prefixes(v, stops), strict=True):
@@ -224,11 +204,6 @@ class Block(nn.Module):
         if return_attn:
             return self._residual(x, a[0], keys[1:]), a[1]
         return self._residual(x, a, keys[1:])
-
-    def extend(self, x: Tensor, past: KV, *, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, KV]:
-        """Map x (B, T, C) as `CausalSelfAttention.extend` does."""
-        a, seen = self.attn.extend(self.ln1(x), past, tables=tables)
-        return self._residual(x, a), seen
 
     def _residual(
         self, x: Tensor, a: Tensor, keys: Sequence[Tensor | None] = (None, None)

@@ -4,9 +4,8 @@ Shapes: B batch, T positions (at most cfg.T), C model width, V byte values.
 """
 
 import threading
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from niels_gpt.config import ModelConfig
 from niels_gpt.model import dropout, rope
-from niels_gpt.model.blocks import KV, Block, init_weights
-
-Past = tuple[KV, ...]  # one per block
+from niels_gpt.model.blocks import Block, init_weights
 
 
 class GPT(nn.Module):
@@ -55,40 +52,18 @@ class GPT(nn.Module):
         logits: Tensor = self.lm_head(self.ln_f(h))
         return logits
 
-    def read(self, x: Tensor, past: Past) -> tuple[Tensor, Past]:
-        """Compute logits (B, T, V) of ids (B, T) that follow t others; also return `past` extended.
-
-        Args:
-            x: int64 ids, t + T at most cfg.T.
-            past: keys and values of the t ids before x (see `no_past`).
-
-        Raises:
-            ValueError: if t + T exceeds the context length.
-        """
-        h, tables = self._enter(x, start=past[0].k.shape[-2])
-        seen = []
-        for block, kv in zip(cast(Iterable[Block], self.blocks), past, strict=True):
-            h, kv = block.extend(h, kv, tables=tables)
-            seen.append(kv)
-        return self.lm_head(self.ln_f(h)), tuple(seen)
-
-    def _enter(
-        self, x: Tensor, drop: Tensor | None = None, start: int = 0
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Embed ids (B, T); return (B, T, C), and sin and cos of their positions from `start`."""
+    def _enter(self, x: Tensor, drop: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Embed ids (B, T); return (B, T, C), and sin and cos of their positions."""
         cfg, T = self.cfg, x.shape[-1]
-        if x.ndim != 2 or start + T > cfg.T:
-            after = f" after {start}" if start else ""
-            raise ValueError(f"ids must be (B, T) with T <= {cfg.T}, got {tuple(x.shape)}{after}")
+        if x.ndim != 2 or T > cfg.T:
+            raise ValueError(f"ids must be (B, T) with T <= {cfg.T}, got {tuple(x.shape)}")
         h = _embed(self.tok_emb, x)
         if drop is None or not cfg.dropout:
             h = F.dropout(h, cfg.dropout, self.training)
         else:
             h = dropout.dropout(h, drop[:, 0], cfg.dropout)
         D = cfg.C // cfg.H
-        return h, rope.rope_cache(
-            T, D, theta=cfg.rope_theta, device=h.device, dtype=h.dtype, start=start
-        )
+        return h, rope.rope_cache(T, D, theta=cfg.rope_theta, device=h.device, dtype=h.dtype)
 
 
 def _embed(table: nn.Embedding, x: Tensor) -> Tensor:
@@ -102,14 +77,6 @@ def _embed(table: nn.Embedding, x: Tensor) -> Tensor:
         return rows
     one_hot = x[..., None] == torch.arange(table.num_embeddings, device=x.device)
     return one_hot.to(table.weight.dtype) @ table.weight
-
-
-def no_past(
-    cfg: ModelConfig, B: int, device: torch.device | str, dtype: torch.dtype = torch.float32
-) -> Past:
-    """Return the keys and values before the first id of B texts: empty ones."""
-    none = torch.empty(B, cfg.H, 0, cfg.C // cfg.H, device=device, dtype=dtype)
-    return (KV(none, none),) * cfg.L
 
 
 class _Skeletons(threading.local):

@@ -15,12 +15,11 @@ def rope_cache(
     theta: float = 10000.0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Tabulate sin and cos of `angle[pos, i] = pos * theta ** (-2i/D)`, each (1, 1, T, D//2).
 
-    The T positions begin at `start`. Angles are computed in float32 and cast to `dtype`; only
-    float64 tables are computed in float64, which MPS lacks.
+    Angles are computed in float32 and cast to `dtype`; only float64 tables are computed in
+    float64, which MPS lacks.
 
     Raises:
         ValueError: if D is odd.
@@ -32,7 +31,7 @@ def rope_cache(
     inv_freq = torch.tensor(
         [theta ** (-2 * i / D) for i in range(D // 2)], dtype=exact, device=device
     )
-    pos = torch.arange(start, start + T, dtype=exact, device=device)
+    pos = torch.arange(T, dtype=exact, device=device)
     angle = pos[:, None] * inv_freq  # (T, D//2)
     return angle.sin().to(dtype)[None, None], angle.cos().to(dtype)[None, None]
 
@@ -48,10 +47,26 @@ def apply_rope(q: Tensor, k: Tensor, sin: Tensor, cos: Tensor) -> tuple[Tensor, 
         ValueError: on any mismatch of shape, dtype or device. Nothing is cast silently.
     """
     _check(q, k, sin, cos)
-    Tq, D = q.shape[-2:]
-    both, turn = _pair_matrices(D, q)
-    sin, cos = sin[..., :Tq, :] @ both, cos[..., :Tq, :] @ both  # (1, 1, Tq, D)
-    return torch.addcmul(q * cos, q @ turn, sin), torch.addcmul(k * cos, k @ turn, sin)
+    Tq = q.shape[-2]
+    sin, cos, turn = expand(sin[..., :Tq, :], cos[..., :Tq, :])
+    return rotate(q, sin, cos, turn), rotate(k, sin, cos, turn)
+
+
+def expand(sin: Tensor, cos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Prepare tables (..., D//2) for `rotate`: repeat each angle for its pair; also return `turn`.
+
+    Returns sin and cos, each (..., D), and the matrix (D, D) that maps each pair (a, b) to (-b, a).
+    """
+    both, turn = _pair_matrices(2 * sin.shape[-1], sin)
+    return sin @ both, cos @ both, turn
+
+
+def rotate(x: Tensor, sin: Tensor, cos: Tensor, turn: Tensor) -> Tensor:
+    """Rotate the pairs of x (..., D) by what `expand` returns, without checks.
+
+    This is linear in x: at one position, the rotated identity is the matrix of the rotation.
+    """
+    return torch.addcmul(x * cos, x @ turn, sin)
 
 
 def _pair_matrices(D: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from niels_gpt.config import ModelConfig
+from niels_gpt.inference.cached import bind
 from niels_gpt.inference.generate import (
     START,
     Sampling,
     begin,
-    bind,
     decode_stream,
     distribution,
     extend,
@@ -23,7 +23,6 @@ from niels_gpt.inference.generate import (
 )
 from niels_gpt.loss import forward
 from niels_gpt.rng import keyed_generator
-from niels_gpt.state import empty_model
 from tests.strategies import model_configs
 from tests.trained import lively_state
 
@@ -80,10 +79,10 @@ def test_the_window_only_moves_forward_and_only_once_it_is_full(T):
 def test_the_cache_is_the_recomputed_window_at_every_length(T):
     cfg = ModelConfig(T=T, C=12, L=2, H=2, d_ff=16, dropout=0.1)
     params, text = lively(cfg), some_bytes(5 * T + 2, B=3)
-    model = bind(params, cfg)
-    context = begin(model, text[:, :1])
+    weights = bind(params, cfg)
+    context = begin(weights, text[:, :1])
     for n in range(2, text.shape[1]):
-        context = extend(model, context, text[:, n - 1])
+        context = extend(weights, context, text[:, n - 1])
         assert torch.equal(context.window, text[:, window_start(n, T) : n])
         torch.testing.assert_close(
             context.logits, recomputed(params, cfg, text[:, :n]), rtol=1e-5, atol=1e-5
@@ -92,52 +91,55 @@ def test_the_cache_is_the_recomputed_window_at_every_length(T):
 
 @given(cfg=model_configs(), n=LENGTHS, more=LENGTHS, seed=st.integers(0, 9))
 def test_to_extend_what_was_begun_is_to_begin_with_more(cfg, n, more, seed):
-    model, text = bind(lively(cfg), cfg), some_bytes(n + more, seed, B=2)
-    context = begin(model, text[:, :n])
+    weights, text = bind(lively(cfg), cfg), some_bytes(n + more, seed, B=2)
+    context = begin(weights, text[:, :n])
     for i in range(n, n + more):
-        context = extend(model, context, text[:, i])
-    whole = begin(model, text)
+        context = extend(weights, context, text[:, i])
+    whole = begin(weights, text)
     assert torch.equal(context.window, whole.window)
     torch.testing.assert_close(context.logits, whole.logits, rtol=1e-4, atol=1e-4)
-    for kv, other in zip(context.past, whole.past, strict=True):
-        torch.testing.assert_close(kv, other, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(context.past, whole.past, rtol=1e-4, atol=1e-4)
 
 
 def test_many_texts_are_begun_in_blocks_and_each_is_as_if_alone():
     cfg = ModelConfig(T=600, C=12, L=1, H=2, d_ff=16)
-    model, text = bind(lively(cfg), cfg), some_bytes(600, B=3)
-    alone = torch.cat([begin(model, text[i : i + 1]).logits for i in range(3)])
-    torch.testing.assert_close(begin(model, text).logits, alone, rtol=1e-5, atol=1e-5)
+    weights, text = bind(lively(cfg), cfg), some_bytes(600, B=3)
+    alone = torch.cat([begin(weights, text[i : i + 1]).logits for i in range(3)])
+    torch.testing.assert_close(begin(weights, text).logits, alone, rtol=1e-5, atol=1e-5)
+
+
+def parts(context):
+    return [context.window.clone(), context.past.clone(), context.logits.clone()]
 
 
 def test_extend_changes_neither_the_model_nor_the_context():
     params = lively()
     before = {name: p.clone() for name, p in params.items()}
-    model = bind(params, TINY)
-    context = begin(model, some_bytes(TINY.T - 1, B=2))
-    kept = torch.utils._pytree.tree_map(torch.clone, context)
-    for byte in (1, 2):  # two futures of one past
-        longer = extend(model, context, torch.tensor([byte, byte]))
-        extend(model, longer, torch.tensor([byte, byte]))
-        torch.testing.assert_close(context, kept, rtol=0, atol=0)
+    weights = bind(params, TINY)
+    context = begin(weights, some_bytes(TINY.T - 2, B=2))
+    kept, futures = parts(context), []
+    for byte in (1, 2, 3):  # three futures of one past
+        longer = extend(weights, context, torch.tensor([byte, byte]))
+        futures += [(future, parts(future)) for future in (longer, twice(weights, longer))]
+    torch.testing.assert_close(parts(context), kept, rtol=0, atol=0)
+    for future, then in futures:
+        torch.testing.assert_close(parts(future), then, rtol=0, atol=0)
     torch.testing.assert_close(params, before, rtol=0, atol=0)
 
 
-def test_a_bound_model_holds_the_tensors_themselves():
-    params = lively()
-    model = bind(params, TINY)
-    assert not model.training
-    for name, p in model.named_parameters():
-        assert p.data_ptr() == params[name].data_ptr()
-    assert model.lm_head.weight.data_ptr() == params["tok_emb.weight"].data_ptr()
+def twice(weights, context):
+    """Extend a context in two ways; return the second."""
+    return [extend(weights, context, torch.tensor([byte, 0])) for byte in (7, 8)][1]
 
 
-def test_a_model_in_memory_and_its_bound_parameters_say_the_same():
-    params = lively()
-    model = empty_model(TINY).eval()
-    model.load_state_dict({**params, "lm_head.weight": params["tok_emb.weight"]})
-    ids = some_bytes(5, B=1)
-    assert torch.equal(begin(model, ids).logits, begin(bind(params, TINY), ids).logits)
+def test_the_cache_of_one_future_is_not_copied():
+    weights = bind(lively(), TINY)
+    context = begin(weights, some_bytes(1, B=1))
+    caches = set()
+    for byte in range(1, TINY.T):
+        context = extend(weights, context, torch.tensor([byte]))
+        caches.add(context.cache.kv.data_ptr())
+    assert len(caches) == 1
 
 
 # --- generated texts ---------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from niels_gpt import ModelConfig, TrainConfig, make_state, to_modules
 from niels_gpt.loss import forward
 from niels_gpt.model import GPT, dropout
 from niels_gpt.model.blocks import Block
-from niels_gpt.model.gpt import no_past, skeleton
+from niels_gpt.model.gpt import skeleton
 from tests import reference
 from tests.strategies import model_configs
 from tests.training import PLAIN, SMALL, random_ids, same_bits, trained_state
@@ -88,20 +88,6 @@ def test_a_shorter_input_gives_the_same_logits(t, seed):
     model, x = causal_model(), random_ids(2, 150, seed=seed)
     with torch.no_grad():
         torch.testing.assert_close(model(x[:, :t]), model(x)[:, :t], rtol=1e-4, atol=1e-4)
-
-
-@given(st.lists(st.integers(1, 149), unique=True, max_size=4).map(sorted), st.integers(0, 2**32))
-def test_a_text_may_come_in_pieces_with_what_was_seen_before(cuts, seed):
-    model, x = causal_model(), random_ids(2, 150, seed=seed)
-    past, parts = no_past(model.cfg, 2, "cpu"), []
-    with torch.no_grad():
-        for start, stop in zip([0, *cuts], [*cuts, 150], strict=True):
-            logits, past = model.read(x[:, start:stop], past)
-            parts.append(logits)
-        torch.testing.assert_close(torch.cat(parts, 1), model(x), rtol=1e-4, atol=1e-4)
-    assert {kv.k.shape[-2] for kv in past} == {150}
-    with pytest.raises(ValueError, match="after 150"):
-        model.read(x[:, :1], past)
 
 
 def test_rows_do_not_see_each_other():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from niels_gpt.model.rope import apply_rope, rope_cache
+from niels_gpt.model.rope import apply_rope, expand, rope_cache, rotate
 
 thetas = st.floats(1.0, 1e6)
 widths = st.integers(1, 8).map(lambda half: 2 * half)
@@ -107,10 +107,14 @@ def test_the_first_rows_of_a_longer_table_are_used(Tq, extra, D):
     assert all(torch.equal(a, b) for a, b in zip(short, long, strict=True))
 
 
-@given(st.integers(0, 50), st.integers(1, 20), widths, thetas)
-def test_a_table_may_start_later(start, T, D, theta):
-    late, whole = rope_cache(T, D, theta=theta, start=start), rope_cache(start + T, D, theta=theta)
-    assert all(torch.equal(a, b[..., start:, :]) for a, b in zip(late, whole, strict=True))
+@given(st.integers(1, 20), widths, thetas, seeds)
+def test_the_rotated_identity_is_the_matrix_of_the_rotation(T, D, theta, seed):
+    q, tables = normal(2, 3, T, D, seed=seed), rope_cache(T, D, theta=theta)
+    turned, _ = apply_rope(q, q, *tables)
+    sin, cos, turn = expand(*(table[0, 0] for table in tables))
+    for t in range(T):
+        matrix = rotate(torch.eye(D), sin[t], cos[t], turn)
+        torch.testing.assert_close(q[..., t, :] @ matrix, turned[..., t, :])
 
 
 def case(q=(2, 3, 4, 6), k=(2, 3, 4, 6), sin=(1, 1, 4, 3), cos=(1, 1, 4, 3)):
