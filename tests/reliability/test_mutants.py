@@ -227,7 +227,7 @@ MUTANTS = {
         "files/container", "if end != (*record, *locator, *old) or", "if", HOSTILE, "locator or end"
     ),
     "a directory anywhere": Mutant(
-        "files/container", " or at + _END.size != size", "", HOSTILE, "length"
+        "files/container", " or at + _END.size != size", "", HOSTILE, "gap"
     ),
     "any extra field in the directory": Mutant(
         "files/container",
@@ -268,8 +268,8 @@ MUTANTS = {
         "files/container",
         "        or _read(file, at, len(descriptor)) != descriptor\n",
         "",
-        CONTAINER,
-        "every_reader",
+        HOSTILE,
+        "descriptor",
     ),
     "bytes in front of the first member": Mutant(
         "files/container", "if entry.offset != start", "if False", HOSTILE, "front"
@@ -337,14 +337,7 @@ MUTANTS = {
         "schema", "    _check_kind(payload)\n", "", CHECKPOINT, "what_the_file_is"
     ),
     "a list searched for each parameter": Mutant(
-        "schema", "if i not in known or", "if i not in ids or", HOSTILE, "90"
-    ),
-    "names written out for each tensor": Mutant(
-        "schema",
-        "        tensors.append((where, value))",
-        "        tensors.append(((None, _name(where)), value))",
-        HOSTILE,
-        "long",
+        "schema", "if i not in known or", "if i not in ids or", HOSTILE, "98"
     ),
     "NaN as best loss": Mutant("schema", "math.isnan(best) or", "", CHECKPOINT, "nan_never"),
     "shapes not checked": Mutant(
