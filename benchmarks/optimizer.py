@@ -13,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.sides import random_batch
 from benchmarks.timing import describe_machine, median_seconds
-from niels_gpt import TrainState, make_state
+from niels_gpt import TrainState, make_state, optim
 from niels_gpt.config import OPTIMIZERS, ModelConfig, TrainConfig
 from niels_gpt.device import keep_freed_memory
 from niels_gpt.loss import gradients
 from niels_gpt.model.flops import step_flops
-from niels_gpt.optim import clipped_update, optimizer_of
+from niels_gpt.optim import optimizer_of
 from niels_gpt.run.compile import compile_parts
 from niels_gpt.step import dropout_of_step
 
@@ -53,7 +53,7 @@ def main(rounds: int, threads: int | None, widths: tuple[int, ...], no_compile: 
 
 def sides(model_cfg: ModelConfig, *, compiled: bool) -> dict[str, Callable[[], object]]:
     """Return the gradient, and the update of each optimizer, as callables."""
-    differentiate, update = compile_parts() if compiled else (gradients, clipped_update)
+    differentiate, update = compile_parts() if compiled else (gradients, optim.update)
     cfg = TrainConfig()
     batch = random_batch(model_cfg, cfg)
     params = make_state(model_cfg, cfg).params
@@ -71,7 +71,7 @@ def sides(model_cfg: ModelConfig, *, compiled: bool) -> dict[str, Callable[[], o
     }
 
 
-def run_update(state: TrainState, update: Callable[..., object] = clipped_update) -> object:
+def run_update(state: TrainState, update: Callable[..., object] = optim.update) -> object:
     """Update with the parameters as gradients: the cost does not depend on values."""
     cfg = state.train_cfg
     numbers = {"lr": cfg.base_lr, "weight_decay": cfg.weight_decay, "max_norm": cfg.grad_clip}

@@ -7,33 +7,48 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from niels_gpt.checkpoint import load_state, save_state
     from niels_gpt.config import ModelConfig, TrainConfig
     from niels_gpt.eval import evaluate
+    from niels_gpt.loss import gradients
+    from niels_gpt.optim import Optimizer, update
     from niels_gpt.state import TrainState, from_modules, make_state, to_modules
-    from niels_gpt.step import train_step
+    from niels_gpt.step import batch_of_step, train_step
 
 __version__ = "0.1.0"
 
 _HOME = {
     "ModelConfig": "config",
+    "Optimizer": "optim",
     "TrainConfig": "config",
     "TrainState": "state",
+    "batch_of_step": "step",
     "evaluate": "eval",
     "from_modules": "state",
+    "gradients": "loss",
+    "load_state": "checkpoint",
     "make_state": "state",
+    "save_state": "checkpoint",
     "to_modules": "state",
     "train_step": "step",
+    "update": "optim",
 }
 
 __all__ = [
     "ModelConfig",
+    "Optimizer",
     "TrainConfig",
     "TrainState",
+    "batch_of_step",
     "evaluate",
     "from_modules",
+    "gradients",
+    "load_state",
     "make_state",
+    "save_state",
     "to_modules",
     "train_step",
+    "update",
 ]
 
 

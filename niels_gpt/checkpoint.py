@@ -188,6 +188,26 @@ def write_checkpoint(paths: Sequence[str | os.PathLike[str]], checkpoint: Checkp
     return write_payload(paths, payload_of(checkpoint))
 
 
+def save_state(path: str | os.PathLike[str], state: TrainState) -> None:
+    """Save a state durably, as a file that `train --resume` continues too.
+
+    Raises:
+        CheckpointError: if a value is not finite.
+        OSError: if the file cannot be written; an earlier file remains.
+    """
+    write_checkpoint([path], checkpoint_of(state))
+
+
+def load_state(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> TrainState:
+    """Read and verify a checkpoint as the state that was saved, its tensors on `device`.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `open_checkpoint`.
+        ValueError: if its configs are not those of this program.
+    """
+    return open_checkpoint(path, device).state
+
+
 def checkpoint_size(checkpoint: Checkpoint) -> int:
     """Return the size of a checkpoint's file in bytes, to within a percent or so."""
     return file_size(payload_of(checkpoint))

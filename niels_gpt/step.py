@@ -1,7 +1,7 @@
 """The training step: a pure function from one state to the next.
 
 Every random draw of step k is a function of (seed, k), so step k is the same in every run. The
-parts (`gradients`, `clipped_update`, `batch_of_step`, `dropout_of_step`) are public and take
+parts (`gradients`, `optim.update`, `batch_of_step`, `dropout_of_step`) are public and take
 whatever may vary as arguments; compose them differently for other procedures.
 """
 
@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from niels_gpt import optim
 from niels_gpt.batching import get_batch
 from niels_gpt.config import ModelConfig
 from niels_gpt.loss import Batch, gradients
 from niels_gpt.model.dropout import dropout_keys, sites
-from niels_gpt.optim import OptState, clipped_update, optimizer_of
+from niels_gpt.optim import OptState, optimizer_of
 from niels_gpt.optim.trees import Tree
 from niels_gpt.rng import keyed_generator
 from niels_gpt.state import TrainState
@@ -22,7 +23,7 @@ from niels_gpt.state import TrainState
 GradientFunction = Callable[
     [Tree, Batch, ModelConfig, Tensor | None], tuple[Tree, Tensor]
 ]  # as `loss.gradients`
-UpdateFunction = Callable[..., tuple[Tree, OptState, Tensor]]  # as `optim.clipped_update`
+UpdateFunction = Callable[..., tuple[Tree, OptState, Tensor]]  # as `optim.update`
 StepFunction = Callable[[TrainState, Batch, float], tuple[TrainState, dict[str, Tensor]]]
 
 
@@ -32,7 +33,7 @@ def train_step(
     lr: float | Tensor,
     *,
     gradients: GradientFunction = gradients,
-    update: UpdateFunction = clipped_update,
+    update: UpdateFunction = optim.update,
 ) -> tuple[TrainState, dict[str, Tensor]]:
     """Update once on a batch; return the next state and metrics. The arguments are unchanged.
 
@@ -40,12 +41,16 @@ def train_step(
         state: after `state.step` updates.
         batch: x and y, each int64 (B, T); any B, and T up to the config's.
         lr: learning rate of this update, a number or a 0-d tensor.
-        gradients, update: replacements for `loss.gradients` and `optim.clipped_update`, such as
+        gradients, update: replacements for `loss.gradients` and `optim.update`, such as
             compiled ones.
 
     Returns:
         The new state, and 0-d tensors on its device: "loss", the mean cross entropy of this batch
         in nats before the update, and "grad_norm", the global norm before clipping.
+
+    To map it over stacked states, leave out what is not a tensor (examples/two_seeds.py): with
+    `dims = TrainState(0, 0, None, None, None)`, `vmap(train_step, in_dims=(dims, None, None),
+    out_dims=(dims, 0))`. The states then share a step, configs and so the keys of dropout.
     """
     params, opt_state, step, model_cfg, cfg = state
     drop = dropout_of_step(cfg.seed, step, range(len(batch[0])), model_cfg, batch[0].device)

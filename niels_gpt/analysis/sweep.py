@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from niels_gpt import optim
 from niels_gpt.analysis.plot import COLOURS, MARKERS
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.corpus import Corpus, advance
@@ -26,7 +27,7 @@ from niels_gpt.eval import evaluate
 from niels_gpt.loss import Batch, gradients, rows_per_block
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.model.flops import parameter_count
-from niels_gpt.optim import OptState, clipped_update, optimizer_of
+from niels_gpt.optim import OptState, optimizer_of
 from niels_gpt.optim.trees import Tree, map_tensors
 from niels_gpt.state import TrainState, make_state
 from niels_gpt.step import dropout_of_step
@@ -134,7 +135,7 @@ def stacked_step(
         weight_decay: Tensor,
     ) -> tuple[Tree, OptState, Tensor]:
         grads, loss = gradients(params, batch, model_cfg, keys)
-        new_params, new_state, _ = clipped_update(
+        new_params, new_state, _ = optim.update(
             optimizer_of(cfg),
             params,
             grads,

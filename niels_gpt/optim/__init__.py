@@ -21,12 +21,20 @@ from niels_gpt.optim.trees import Tree
 OptState = Any  # a NamedTuple of trees that only the optimizer reads; each optimizer has its own
 
 
+def _no_torch_optim(*_: object, **__: object) -> torch.optim.Optimizer:
+    raise TypeError("this optimizer has no equivalent in torch.optim")
+
+
 class Optimizer(NamedTuple):
-    """An update rule as pure functions, and its equivalent in torch.optim."""
+    """An update rule as pure functions, and its equivalent in torch.optim.
+
+    `update` has the signature of `adamw.update`, `torch_optim` that of `adamw.torch_optim`; without
+    the latter, a state cannot become modules or a file.
+    """
 
     init: Callable[[Tree], OptState]
-    update: Callable[..., tuple[Tree, OptState]]  # signature as `adamw.update`
-    torch_optim: Callable[..., torch.optim.Optimizer]  # (name -> parameter, *, lr, weight_decay)
+    update: Callable[..., tuple[Tree, OptState]]
+    torch_optim: Callable[..., torch.optim.Optimizer] = _no_torch_optim
 
 
 def _optimizer_in(module: Any) -> Optimizer:
@@ -46,7 +54,7 @@ def state_fields() -> set[str]:
     return {field for optimizer in OPTIMIZERS.values() for field in optimizer.init({})._fields}
 
 
-def clipped_update(
+def update(
     optimizer: Optimizer,
     params: Tree,
     grads: Tree,

@@ -1,7 +1,7 @@
 """The step with parts compiled by `torch.compile`, checked before use.
 
 The compiled parts are `block_gradients`, from outside the `torch.func` transform (inside is
-rejected), once per block shape, and `clipped_update`. The loop over blocks stays eager.
+rejected), once per block shape, and `optim.update`. The loop over blocks stays eager.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from niels_gpt import optim
 from niels_gpt.loss import Batch, block_gradients, gradients
-from niels_gpt.optim import clipped_update
 from niels_gpt.optim.trees import Tree
 from niels_gpt.state import TrainState
 from niels_gpt.step import (
@@ -33,9 +33,9 @@ def compile_step() -> StepFunction:
 
 
 def compile_parts() -> tuple[GradientFunction, UpdateFunction]:
-    """Return `gradients` and `clipped_update`, compiled."""
+    """Return `gradients` and `optim.update`, compiled."""
     of_block = torch.compile(block_gradients, dynamic=False, fullgraph=True)
-    of_numbers = torch.compile(clipped_update, dynamic=False, fullgraph=True)
+    of_numbers = torch.compile(optim.update, dynamic=False, fullgraph=True)
 
     def update(*trees: Any, count: int, lr: float | Tensor, **fixed: Any) -> Any:
         """Pass values that change every step as tensors: numbers would be compiled in."""
@@ -57,7 +57,7 @@ def tree_difference(a: Tree, b: Tree) -> Tensor:
 def step_difference(
     state: TrainState, batch: Batch, parts: tuple[GradientFunction, UpdateFunction]
 ) -> float:
-    """Return how far these `gradients` and `clipped_update` differ from the eager ones.
+    """Return how far these `gradients` and `optim.update` differ from the eager ones.
 
     Updates are compared on equal gradients, because dividing by their size amplifies rounding.
     """
@@ -69,7 +69,7 @@ def step_difference(
     lr = cfg.base_lr  # the rate of a first step can be 0, which would hide any difference
     eager, compiled = (
         train_step(state, batch, lr, gradients=lambda *_: found, update=each)[0].trees()
-        for each in (clipped_update, update)
+        for each in (optim.update, update)
     )
     pairs = [(expected, found[0]), *((eager[name], compiled[name]) for name in eager)]
     return torch.stack([tree_difference(a, b) for a, b in pairs]).max().item()

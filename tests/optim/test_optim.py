@@ -6,10 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import vmap
 
-from niels_gpt import ModelConfig, TrainConfig, config
+from niels_gpt import ModelConfig, TrainConfig, config, optim
 from niels_gpt.optim import (
     OPTIMIZERS,
-    clipped_update,
     from_entries,
     optimizer_of,
     state_fields,
@@ -139,23 +138,23 @@ def test_it_is_compiled_as_one_graph(name):
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(clipped_update, backend=backend, dynamic=False, fullgraph=True)
+    compiled = torch.compile(optim.update, backend=backend, dynamic=False, fullgraph=True)
     params, opt_state = trained(optimizer)
     for count in (3, 4):
         rest = {"lr": torch.tensor(0.1 / count), "weight_decay": 0.1, "max_norm": 1.0}
         given_ = (optimizer, params, random_params(count), opt_state)
         result = compiled(*given_, count=torch.tensor(count), **rest)
-        close(result, clipped_update(*given_, count=torch.tensor(count), **rest))
+        close(result, optim.update(*given_, count=torch.tensor(count), **rest))
     assert len(graphs) == 1
 
 
-def test_a_clipped_update_is_the_clip_and_the_update(name):
+def test_an_update_is_the_clip_and_the_update(name):
     optimizer = OPTIMIZERS[name]
     params, opt_state = trained(optimizer)
     grads, rest = random_params(9), {"count": 3, "lr": 0.1, "weight_decay": 0.1}
     clipped, norm = clip_by_global_norm(grads, 0.5)
     expected = *optimizer.update(params, clipped, opt_state, **rest), norm
-    assert same(clipped_update(optimizer, params, grads, opt_state, max_norm=0.5, **rest), expected)
+    assert same(optim.update(optimizer, params, grads, opt_state, max_norm=0.5, **rest), expected)
 
 
 def test_its_torch_optim_does_the_same_in_place(name):

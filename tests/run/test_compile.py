@@ -7,11 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from niels_gpt import ModelConfig, TrainConfig, make_state, train_step
+from niels_gpt import ModelConfig, TrainConfig, make_state, optim, train_step
 from niels_gpt.checkpoint import load_checkpoint
 from niels_gpt.config import OPTIMIZERS
 from niels_gpt.loss import block_gradients
-from niels_gpt.optim import clipped_update
 from niels_gpt.run import compile as compiled
 from niels_gpt.run.compile import choose_step, compile_step, tree_difference
 from niels_gpt.run.plan import choose_compile
@@ -55,7 +54,7 @@ def broken(params, block, keys, model, B):
 
 
 def without_decay(*trees, weight_decay, **more):
-    return clipped_update(*trees, weight_decay=0.0, **more)
+    return optim.update(*trees, weight_decay=0.0, **more)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +63,7 @@ def without_decay(*trees, weight_decay, **more):
         (wrong, block_gradients, "differs by"),
         (not_a_number, block_gradients, "nan"),
         (broken, block_gradients, "TypeError: no compiler here"),
-        (without_decay, clipped_update, "differs by"),
+        (without_decay, optim.update, "differs by"),
     ],
 )
 def test_what_differs_or_fails_is_not_used_and_that_is_said(
