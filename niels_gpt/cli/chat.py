@@ -14,6 +14,7 @@ from niels_gpt.cli.shared.options import HELP
 from niels_gpt.cli.shared.output import console, exit_on_failure
 
 ASK = "> "
+GREETING = "/help lists the commands, Ctrl-D ends"
 
 
 @click.command(
@@ -24,22 +25,25 @@ ASK = "> "
 @click.option("--system", metavar="TEXT", help="System message.")
 @generation_options
 def main(message: str | None, system: str | None, generation: Generation) -> None:
-    """Talk with a model; /help lists the commands, Ctrl-D ends.
+    """Talk with a model; /help lists the commands, Ctrl-D ends, Ctrl-C stops a reply.
 
     Replies go to stdout, everything else to stderr. The same lines with the same seed get the same
     replies.
     """
     with exit_on_failure(2):
-        from niels_gpt.inference.chat import Voice, answer, converse, new_chat
+        from niels_gpt.inference.chat import Voice, answer, converse, first_note, new_chat
 
         trained, sampling = generation.prepare()
         voice = Voice(trained.params, trained.cfg, sampling, generation.max_bytes)
         chat = new_chat(system and _whole(system), generation.seed)
     with exit_on_failure(1):
-        if message is None:
-            converse(voice, chat, _lines(), console.write, console.tell)
-        else:
+        if message is not None:
             answer(voice, chat, _whole(message), console.write, console.tell)
+        elif sys.stdin.isatty() and sys.stdout.isatty():
+            console.tell(GREETING, *filter(None, [first_note(voice, chat)]))
+            converse(voice, chat, _typed(), console.write, console.tell, can_stop=True)
+        else:
+            converse(voice, chat, _piped(), console.write, console.tell)
 
 
 def _whole(argument: str) -> str:
@@ -47,17 +51,23 @@ def _whole(argument: str) -> str:
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _lines() -> Iterator[str]:
-    """Yield the user's lines until the end, with editing and history on a terminal."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        yield from sys.stdin
-        return
+def _piped() -> Iterator[str]:
+    """Yield the lines of stdin, in which what is not UTF-8 becomes U+FFFD."""
+    _replace_invalid()
+    yield from sys.stdin
+
+
+def _typed() -> Iterator[str]:
+    """Yield the lines that a person types, with editing and history, until Ctrl-D."""
+    _replace_invalid()
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # gives input() editing and history
-    console.tell("/help lists the commands, Ctrl-D ends")
     with contextlib.suppress(EOFError):
         while True:
             yield input(ASK)
     console.warn("")
+
+
+def _replace_invalid() -> None:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")

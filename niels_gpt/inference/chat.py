@@ -1,6 +1,7 @@
 """A conversation: a prompt that fits the context, a reply that ends where the next turn starts."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -17,13 +18,17 @@ Say = Callable[[str], object]
 STOPS = (*(f"\n{role}: " for role in ROLES), DIALOGUE_DELIM.rstrip())
 OPENING = DIALOGUE_DELIM.lstrip()  # what the dialogues of the primer follow
 
+LINE = 40  # bytes of a message of ordinary length
+
 HELP = """\
 a line is a message or one of these commands:
-  /reset      forget the conversation, keep the system message
-  /seed N     use another seed for the next replies
-  /save FILE  write the conversation to a new file, in the format of the primer
-  /exit       leave (or Ctrl-D)
-  /help       list these commands
+  /reset          forget the conversation, keep the system message
+  /seed N         use another seed for the next replies
+  /temperature X  use another temperature for the next replies; 0: the most likely bytes
+  /save FILE      write the conversation to a new file, in the format of the primer
+  /exit           leave (or Ctrl-D)
+  /help           list these commands
+Ctrl-C stops a reply; where a line is expected, it leaves.
 To send a message that starts with /, put a space before it."""
 
 
@@ -32,6 +37,7 @@ class Chat(NamedTuple):
 
     messages: tuple[Message, ...]
     seed: int
+    temperature: float | None = None  # of the next replies; None: the voice's
 
 
 class Voice(NamedTuple):
@@ -90,6 +96,9 @@ def generated(voice: Voice, chat: Chat) -> Iterator[str]:
     The draws depend on (seed, turn).
     """
     turn = sum(message["role"] == "assistant" for message in chat.messages)
+    sampling = voice.sampling
+    if chat.temperature is not None:
+        sampling = replace(sampling, temperature=chat.temperature)
     chunks = stream(
         voice.params,
         voice.cfg,
@@ -97,7 +106,7 @@ def generated(voice: Voice, chat: Chat) -> Iterator[str]:
         voice.max_bytes,
         seed=chat.seed,
         samples=(turn,),
-        sampling=voice.sampling,
+        sampling=sampling,
         purpose="chat",
     )
     return decode_stream(chunks)
@@ -170,19 +179,50 @@ def _message(role: str, content: str) -> Message:
 # --- the conversation --------------------------------------------------------------------------
 
 
-def answer(voice: Voice, chat: Chat, text: str, show: Say, tell: Say) -> Chat:
-    """Send `text`, show the reply as it is generated, and return the chat with both."""
+def answer(
+    voice: Voice, chat: Chat, text: str, show: Say, tell: Say, *, can_stop: bool = False
+) -> Chat:
+    """Send `text`, show the reply as it is generated, and return the chat with both.
+
+    With `can_stop`, Ctrl-C ends the reply; what was generated of it stays in the chat.
+    """
     asked = chat._replace(messages=(*chat.messages, _message("user", text)))
     for note in context_notes(asked.messages, voice.cfg.T):
         tell(note)
-    reply = ""
-    for piece in reply_stream(voice, asked):
-        show(piece)
-        reply += piece
+    reply, outcome = "", ""
+    try:
+        for piece in reply_stream(voice, asked):
+            reply += piece
+            show(piece)
+    except KeyboardInterrupt:
+        if not can_stop:
+            raise
+        outcome = "reply stopped; Ctrl-C at the prompt leaves"
     show("\n")
     if not reply:
-        tell("empty reply; try another seed or a higher temperature")
+        outcome = outcome or "empty reply; try another seed or a higher temperature"
+    if outcome:
+        tell(outcome)
     return asked._replace(messages=(*asked.messages, _message("assistant", reply)))
+
+
+def first_note(voice: Voice, chat: Chat) -> str | None:
+    """Return a message if the second turn will hardly have room beside the first."""
+    T, longest = voice.cfg.T, voice.max_bytes
+    line = _message("user", "x" * LINE)
+    two_turns = (*chat.messages, line, _message("assistant", "x"), line)
+    room = prompt_room(T) - _prompt_bytes(two_turns) + 1
+    if longest <= room:
+        return None
+    what = f"the context of {T} bytes is too short for two turns"
+    if room < LINE:
+        return (
+            f"{what}: the model will see little or nothing of the conversation before each message"
+        )
+    return (
+        f"{what} with replies of up to {longest} bytes: the first will be left out; "
+        f"--max-bytes {room} keeps it beside lines of {LINE} bytes"
+    )
 
 
 def context_notes(messages: Sequence[Message], T: int) -> list[str]:
@@ -211,6 +251,8 @@ def obey(chat: Chat, line: str) -> tuple[Chat | None, str]:
             return chat._replace(messages=system), "conversation forgotten"
         case "/seed":
             return _reseeded(chat, argument)
+        case "/temperature":
+            return _reheated(chat, argument)
         case "/save":
             return chat, _saved(chat, argument)
     return chat, f"unknown command {command}; /help lists the commands"
@@ -222,6 +264,14 @@ def _reseeded(chat: Chat, argument: str) -> tuple[Chat, str]:
     except ValueError:
         return chat, f"/seed needs an integer, got {argument!r}"
     return chat._replace(seed=seed), f"seed {seed}"
+
+
+def _reheated(chat: Chat, argument: str) -> tuple[Chat, str]:
+    try:
+        temperature = Sampling(float(argument)).temperature
+    except ValueError:
+        return chat, f"/temperature needs a finite number of 0 or more, got {argument!r}"
+    return chat._replace(temperature=temperature), f"temperature {temperature:g}"
 
 
 def _saved(chat: Chat, argument: str) -> str:
@@ -236,8 +286,16 @@ def _saved(chat: Chat, argument: str) -> str:
     return f"saved {len(chat.messages)} messages to {path}"
 
 
-def converse(voice: Voice, chat: Chat, lines: Iterable[str], show: Say, tell: Say) -> Chat:
-    """Reply to each line until the end or /exit; return the conversation."""
+def converse(
+    voice: Voice,
+    chat: Chat,
+    lines: Iterable[str],
+    show: Say,
+    tell: Say,
+    *,
+    can_stop: bool = False,
+) -> Chat:
+    """Reply to each line until the end or /exit; return the conversation. See `answer`."""
     for line in lines:
         if line.startswith("/"):
             obeyed, outcome = obey(chat, line.strip())
@@ -247,5 +305,5 @@ def converse(voice: Voice, chat: Chat, lines: Iterable[str], show: Say, tell: Sa
                 return chat
             chat = obeyed
         elif text := line.strip():
-            chat = answer(voice, chat, text, show, tell)
+            chat = answer(voice, chat, text, show, tell, can_stop=can_stop)
     return chat

@@ -70,17 +70,21 @@ def test_a_missing_checkpoint_is_refused_by_name(tmp_path):
 # --- at a terminal -----------------------------------------------------------------------------
 
 
-GREETING = b"note: /help lists the commands, Ctrl-D ends\n"
+GREETING = b"""\
+note: /help lists the commands, Ctrl-D ends
+note: the context of 64 bytes is too short for two turns: the model will see little or nothing of \
+the conversation before each message
+"""
 
 
 class Terminal:
     """A chat in a terminal of its own."""
 
-    def __init__(self, ckpt):
+    def __init__(self, ckpt, max_bytes=9):
         self.screen, theirs = pty.openpty()
         command = [sys.executable, "-m", "niels_gpt", "chat", "--ckpt", str(ckpt)]
         self.process = subprocess.Popen(
-            [*command, "--max-bytes", "9"],
+            [*command, "--max-bytes", str(max_bytes)],
             stdin=theirs,
             stdout=theirs,
             stderr=subprocess.PIPE,
@@ -136,6 +140,34 @@ def test_ctrl_c_leaves_with_130(ckpt):
     code, errors = terminal.end()
     assert code == 130
     assert errors.strip() == GREETING.strip()
+
+
+def test_ctrl_c_in_a_reply_stops_it_and_keeps_the_conversation(ckpt, tmp_path):
+    terminal = Terminal(ckpt, max_bytes=10**9)
+    terminal.until(b"> ")
+    terminal.type(b"Hi\r")
+    terminal.until(b"Hi")
+    for _ in range(50):  # so the reply has begun
+        os.read(terminal.screen, 1024)
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.until(b"> ")
+    terminal.type(f"/save {tmp_path / 'talk.txt'}\r".encode())
+    terminal.until(b"talk.txt")
+    terminal.until(b"> ")
+    terminal.interrupt()
+    code, errors = terminal.end()
+    assert code == 130
+    assert b"note: reply stopped; Ctrl-C at the prompt leaves\n" in errors
+    assert (tmp_path / "talk.txt").read_text().startswith("user: Hi\nassistant: ")
+
+
+def test_ctrl_c_ends_a_single_message_with_130(ckpt):
+    command = [sys.executable, "-m", "niels_gpt", "chat", "--ckpt", str(ckpt), "--message", "Hi"]
+    command += ["--max-bytes", str(10**9)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
 
 
 def test_the_terminal_is_shown_no_control_characters(ckpt):

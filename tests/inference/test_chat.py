@@ -18,6 +18,7 @@ from niels_gpt.inference.chat import (
     answer,
     context_notes,
     converse,
+    first_note,
     first_stop,
     fit,
     new_chat,
@@ -267,7 +268,15 @@ def test_exit(line):
 
 def test_help_lists_every_command():
     _, text = obey(new_chat(None, 0), "/help")
-    for command in ("/reset", "/save FILE", "/seed N", "/exit", "Ctrl-D", "/help"):
+    for command in (
+        "/reset",
+        "/save FILE",
+        "/seed N",
+        "/temperature X",
+        "/exit",
+        "Ctrl-D",
+        "/help",
+    ):
         assert command in text
 
 
@@ -304,3 +313,64 @@ def test_a_place_that_cannot_be_written_is_told_and_the_chat_goes_on(tmp_path):
     chat, _, notes = talk(f"/save {tmp_path}/file/chat.txt", "Hi")
     assert notes == [f"not saved: {tmp_path}/file/chat.txt: Not a directory"]
     assert len(chat.messages) == 2
+
+
+# --- settings, and a reply that is stopped -----------------------------------------------------
+
+
+def test_another_temperature_is_for_the_next_replies():
+    cold, warm = voice(temperature=0), voice(temperature=1.0)
+    assert talk("/temperature 0", "Hi", by=warm)[1] == talk("Hi", by=cold)[1]
+    assert talk("/temperature 1.0", "Hi", by=cold)[1] == talk("Hi", by=warm)[1]
+    assert talk("/temperature 0.25")[2] == ["temperature 0.25"]
+
+
+@pytest.mark.parametrize("value", ["", "-1", "nan", "inf", "warm"])
+def test_a_temperature_that_is_none_is_refused_and_changes_nothing(value):
+    chat = new_chat(None, 3)
+    after, message = obey(chat, f"/temperature {value}")
+    assert after == chat
+    assert message == f"/temperature needs a finite number of 0 or more, got {value!r}"
+
+
+def interrupted(n):
+    """Return a way to show that Ctrl-C interrupts at piece n, and what it has shown."""
+    shown = []
+
+    def show(piece):
+        shown.append(piece)
+        if len(shown) == n:
+            raise KeyboardInterrupt
+
+    return show, shown
+
+
+def test_a_stopped_reply_stays_in_the_conversation_which_goes_on():
+    show, shown = interrupted(3)
+    notes = []
+    chat = converse(voice(), new_chat(None, 1), ["Hi", "More"], show, notes.append, can_stop=True)
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+    assert chat.messages[1]["content"] == "".join(shown[:3])
+    assert shown[3] == "\n"
+    assert "reply stopped; Ctrl-C at the prompt leaves" in notes
+
+
+def test_ctrl_c_ends_a_reply_and_all_else_where_nobody_can_go_on():
+    show, _ = interrupted(3)
+    with pytest.raises(KeyboardInterrupt):
+        converse(voice(), new_chat(None, 1), ["Hi"], show, print)
+
+
+@given(T=st.integers(1, 3000), max_bytes=st.integers(1, 1000))
+def test_the_first_note_says_whether_two_turns_have_room(T, max_bytes):
+    chat = new_chat("Be kind.", 0)
+    line = turn("user", "y" * 40)
+    two = [*chat.messages, line, turn("assistant", "z" * max_bytes), line]
+    has_room = len(fit(two, prompt_room(T))) == len(two)
+    by = Voice({}, ModelConfig(T=T, C=12, L=2, H=2, d_ff=16), Sampling(), max_bytes)
+    note = first_note(by, chat)
+    assert (note is None) == has_room
+    if note and "--max-bytes" in note:
+        kept = by._replace(max_bytes=int(note.split("--max-bytes ")[1].split()[0]))
+        assert first_note(kept, chat) is None
+        assert first_note(kept._replace(max_bytes=kept.max_bytes + 1), chat) is not None
