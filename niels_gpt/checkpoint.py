@@ -2,7 +2,7 @@
 
 A file is pr-06's plain dict through `torch.save`::
 
-    model_cfg, train_cfg   plain JSON-like dicts
+    model_cfg, train_cfg   plain JSON-like dicts; `val_source` only if it is not "wiki"
     model_state            GPT.state_dict(); "lm_head.weight" shares the storage of "tok_emb.weight"
     optimizer_state        state_dict() of the torch.optim optimizer, or None
     step                   finished updates
@@ -135,6 +135,11 @@ class Checkpoint:
         return replace(self, params=map_tensors(lambda p: p.to(device), self.params))
 
     @property
+    def val_source(self) -> str:
+        """Return the source whose validation text its losses are of; "wiki" if it does not say."""
+        return str(self.train_cfg.get("val_source", TrainConfig.val_source))
+
+    @property
     def messages(self) -> list[str]:
         """Return what a resume from here cannot continue exactly, one line each."""
         messages = []
@@ -164,7 +169,7 @@ def checkpoint_of(
     """Return the checkpoint of a state."""
     return Checkpoint(
         to_dict(state.model_cfg),
-        to_dict(state.train_cfg),
+        _as_kept(state.train_cfg),
         state.params,
         _optimizer_state(state),
         state.step,
@@ -173,6 +178,14 @@ def checkpoint_of(
         dict(environment or {}),
         ancestors,
     )
+
+
+def _as_kept(cfg: TrainConfig) -> dict[str, Any]:
+    """Return a config as its file has it: without the `val_source` that files without one mean."""
+    kept = to_dict(cfg)
+    if cfg.val_source == TrainConfig.val_source:
+        del kept["val_source"]
+    return kept
 
 
 # --- files -------------------------------------------------------------------------------------

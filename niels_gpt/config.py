@@ -107,6 +107,10 @@ class TrainConfig:
     init: str = field(
         default="normal", metadata=_one_of(INITS, "first weights: normal (0.02), or fan_in")
     )
+    val_source: str = field(
+        default="wiki",
+        metadata=_one_of(SOURCE_NAMES, "source whose validation text decides best.pt"),
+    )
     p_train: dict[str, float] = field(
         default_factory=default_p_train,
         metadata={"meaning": "probability of each source, summing to 1"},
@@ -162,7 +166,7 @@ def _problem(f: dataclasses.Field[Any], value: object) -> str | None:
 
 def _name_problem(value: object, names: tuple[str, ...]) -> str | None:
     if isinstance(value, str):
-        return None if value in names else f"must be a known name ({_nearest(value, names)})"
+        return None if value in names else f"must be a known name ({nearest(value, names)})"
     return f"must be a name (known: {', '.join(names)})"
 
 
@@ -258,6 +262,12 @@ def load_config_from_json(
     where = f"{path} with " + " ".join(f"--set {shorten(override)}" for override in overrides)
     new_doc = apply_overrides(doc, overrides, where=str(path))
     return config_from_dict(new_doc, where=where, from_file=True)
+
+
+def is_given(key: str, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> bool:
+    """Return whether a config file or an override sets a value, such as "train.val_source"."""
+    doc = dotted(load_json(path, max_bytes=MAX_CONFIG_BYTES))
+    return key in doc or any(given.partition("=")[0].strip() == key for given in overrides)
 
 
 def config_from_dict(
@@ -395,13 +405,13 @@ def _unknown(kind: str, prefix: str, names: Iterable[str], known: Iterable[str])
     unknown = [str(name) for name in names if name not in known]
     lines = []
     for name in unknown[:MAX_LISTED]:
-        hint = _nearest(name, known, prefix)
+        hint = nearest(name, known, prefix)
         shown = name if name.isidentifier() and name.isascii() and len(name) <= 80 else show(name)
         lines.append(f"unknown {kind} {prefix}{shown} ({hint})")
     return lines + ([f"and {len(unknown) - len(lines)} more"] if len(unknown) > len(lines) else [])
 
 
-def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return the closest known name as a question, or all of them if none is close."""
     by_lower = {k.lower(): k for k in known}
     near = difflib.get_close_matches(name[:80].lower(), by_lower, n=1)

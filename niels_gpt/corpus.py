@@ -1,6 +1,6 @@
 """The text of a run as a value: its sources, and the batch of each step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -42,6 +42,12 @@ class Corpus:
     B: int  # rows per batch
     T: int  # bytes per row
     messages: Sequence[str] = ()  # for the user
+    val_source: str = "wiki"  # the source of `val` that decides best.pt
+
+    @property
+    def validation(self) -> bytes:
+        """The text that every evaluation of the run scores."""
+        return self.val[self.val_source]
 
     def batch(self, k: int, device: torch.device | str = "cpu") -> Batch:
         """Draw the batch of update k (from 0): x and y, each int64 (B, T) on `device`."""
@@ -79,6 +85,9 @@ class Corpus:
 def open_corpus(model_cfg: ModelConfig, train_cfg: TrainConfig, where: StreamBuildConfig) -> Corpus:
     """Build the text of a run; shift the shares of absent sources to the available ones.
 
+    Where any validation text will do, `val_source` of the corpus is the source with the largest
+    share that has one.
+
     Raises:
         ValueError, RuntimeError: if a stream is too short, or there is no text to train on.
     """
@@ -92,7 +101,28 @@ def open_corpus(model_cfg: ModelConfig, train_cfg: TrainConfig, where: StreamBui
         if share > 0 and name not in p
     ]
     messages = [*getattr(train, "messages", []), *left_out]
-    return Corpus(train, val, p, train_cfg.seed, train_cfg.B, model_cfg.T, messages)
+    judge = train_cfg.val_source
+    if where.any_val:
+        judge = _largest_with_validation(p, val, messages)
+        messages.append(
+            f"best.pt is chosen by the validation text of {judge} (--set train.val_source=NAME)"
+        )
+    if "text" in where.places and not where.demanded:
+        messages.append(f"the shares are {shares} (--mix sets others)")
+    return Corpus(train, val, p, train_cfg.seed, train_cfg.B, model_cfg.T, messages, judge)
+
+
+def _largest_with_validation(
+    p: Mapping[str, float], val: Collection[str], known: Sequence[str]
+) -> str:
+    """Return the source with the largest share that has a validation text, the first of equals."""
+    with_val = [name for name in p if name in val]
+    if not with_val:
+        raise ValueError(
+            f"no source has a validation text: {'; '.join(known)}; give more text, "
+            "a smaller model.T, or another source with --set train.val_source=NAME"
+        )
+    return max(with_val, key=p.__getitem__)
 
 
 def next_batch(state: TrainState, corpus: Corpus) -> Batch:

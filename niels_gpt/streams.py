@@ -1,8 +1,8 @@
 """From texts to byte streams: the origin, split, size and digest of each source.
 
-A source ("wiki", "roam", "primer") becomes two `bytes`, train and val, by a recipe: a JSON-like
-dict that names every input, and a function that builds both. The cache serves streams whose
-recorded inputs equal the recipe's; otherwise both are built and cached.
+A source ("wiki", "roam", "primer", "text") becomes two `bytes`, train and val, by a recipe: a
+JSON-like dict that names every input, and a function that builds both. The cache serves streams
+whose recorded inputs equal the recipe's; otherwise both are built and cached.
 
 Nothing here prints. Information for the user is in the returned dicts: `missing` (source -> why it
 was left out), `messages`, and `describe_sources` for origin, size and digest.
@@ -30,7 +30,7 @@ from niels_gpt.data.recipe import (
     tell,
     to_bytes,
 )
-from niels_gpt.data.sources import SOURCES, check_place
+from niels_gpt.data.sources import SOURCES, Place, all_places, check_place, option_of
 from niels_gpt.data.wiki import WIKITEXT, wikitext_recipe
 from niels_gpt.data.wikitext import load_wikitext
 
@@ -43,7 +43,8 @@ class StreamBuildConfig:
 
     Required sources that cannot be built raise, unless `allow_missing_sources`; others are left
     out. `write_cache=False` reads the cache without changing it; `fetch=False` takes WikiText-103
-    only from the cache. `places` overrides `wiki_root`, `roam_root` and `primer_path` by name.
+    only from the cache. `places` overrides `wiki_root`, `roam_root` and `primer_path` by name. What
+    the user `demanded` in the mix must be there, as must what has a place.
     """
 
     roam_root: str | Path = field(default_factory=lambda: paths.ROAM_DIR)
@@ -64,10 +65,12 @@ class StreamBuildConfig:
     write_cache: bool = True
     fetch: bool = True
     skip_machine_lines: bool | None = None  # of notes; None: as a checkpoint has it, else no
-    places: Mapping[str, str | Path] = field(default_factory=dict)  # by source
+    places: Mapping[str, Place] = field(default_factory=dict)  # by source
+    demanded: tuple[str, ...] = ()
+    any_val: bool = False  # whether any source may decide best.pt, not only `val_source`
 
 
-def locate(places: Mapping[str, str | Path], *, write_cache: bool = True) -> StreamBuildConfig:
+def locate(places: Mapping[str, Place], *, write_cache: bool = True) -> StreamBuildConfig:
     """Return where to read the sources: the given places, else the defaults.
 
     A source with a given place is enabled.
@@ -75,14 +78,16 @@ def locate(places: Mapping[str, str | Path], *, write_cache: bool = True) -> Str
     Raises:
         FileNotFoundError: if a given place does not exist. Only a default place may be absent.
     """
-    for name, place in places.items():
-        check_place(name, place)
+    for name, given in places.items():
+        for place in all_places(given):
+            check_place(name, place)
     enabled = dict.fromkeys([*StreamBuildConfig.enabled_sources, *places])
     return StreamBuildConfig(
         places=places,
         enabled_sources=tuple(enabled),
         write_cache=write_cache,
         skip_machine_lines=getattr(places, "skip_machine_lines", None),
+        demanded=tuple(n for n, share in (getattr(places, "mix", None) or {}).items() if share),
     )
 
 
@@ -193,14 +198,14 @@ def _long_enough(
         Unavailable: if it is to be left out; the text says why.
         RuntimeError, ValueError: if it must not be, as `build_sources`.
     """
-    required, named = source in cfg.required_sources, source in cfg.places
+    required, named = source in cfg.required_sources, source in (*cfg.places, *cfg.demanded)
     try:
         train, val = _build(source, cfg, messages)
         if required and not val.stream:
             raise Unavailable("its validation split would be empty: too few documents")
     except (Unavailable, OSError) as why:
         if named or (required and not cfg.allow_missing_sources):
-            raise RuntimeError(_cannot_build(source, why)) from why
+            raise RuntimeError(_cannot_build(source, why) + _remedy(source, cfg)) from why
         raise Unavailable(str(why)) from why
     if short := _too_short(train, "train", cfg.T):
         if required or named:
@@ -223,27 +228,29 @@ def build_train_val_sources(
 ) -> tuple[dict[str, bytes], dict[str, bytes]]:
     """Build what a run needs: (train, val) with T and seed from the run's configs.
 
-    Train has the available sources of `p_train` with probability above 0. Val always has "wiki",
-    on which every run is evaluated even if it does not train on it. Notes and primer may be
-    missing, and the wiki text may be the fallback text, but a wiki folder must be complete, and
-    what lies in `places` must be text, even if `p_train` gives it no share.
+    Train has the available sources of `p_train` with probability above 0. Val also has
+    `val_source`, on which the run is evaluated even if it does not train on it, unless `any_val`
+    will do. Notes and primer may be missing, and the wiki text may be the fallback text, but a wiki
+    folder must be complete, and what lies in `places` must be text, even if it has no share.
     """
     build_cfg = build_cfg or StreamBuildConfig()
     wanted = [name for name, probability in train_cfg.p_train.items() if probability > 0]
+    needed = [] if build_cfg.any_val else [train_cfg.val_source]
     cfg = replace(
         build_cfg,
         T=model_cfg.T,
         seed=train_cfg.seed,
-        enabled_sources=tuple(dict.fromkeys(["wiki", *wanted, *build_cfg.places])),
-        required_sources=("wiki",),
+        enabled_sources=tuple(dict.fromkeys([*needed, *wanted, *build_cfg.places])),
+        required_sources=tuple(needed),
         allow_missing_sources=True,
         wiki_fallback=True,
     )
     train, val = build_sources(cfg)
-    if "wiki" not in val:
+    if lacking := [name for name in needed if name not in val]:
         missing: Mapping[str, str] = getattr(val, "missing", {})
-        raise RuntimeError(_cannot_build("wiki", missing.get("wiki", "no validation text")))
-    return _only(train, wanted), _only(val, ["wiki", *wanted])
+        why = missing.get(lacking[0], "no validation text")
+        raise RuntimeError(_cannot_build(lacking[0], why))
+    return _only(train, wanted), _only(val, [*needed, *wanted])
 
 
 def fetch_wikitext(cfg: StreamBuildConfig | None = None) -> tuple[Sources, Sources]:
@@ -296,6 +303,14 @@ def _cannot_build(source: str, why: object) -> str:
     return f"source {source!r} cannot be built: {why}"
 
 
+def _remedy(source: str, cfg: StreamBuildConfig) -> str:
+    """Return what to do about a source of the mix that has no place and is not there."""
+    if source in cfg.places or source not in cfg.demanded:
+        return ""
+    metavar = SOURCES[source].metavar
+    return f"; give {option_of(source)} {metavar}, or leave it out of --mix"
+
+
 def _too_short(built: Built, split: str, T: int) -> str:
     """Return what is wrong if a stream is shorter than a window, else ""."""
     if (length := len(built.stream)) > T:
@@ -327,7 +342,8 @@ def reading(source: str, cfg: StreamBuildConfig) -> Reading:
         },
     }
     how = shared._replace(**own.get(source, {}))
-    return how._replace(place=cfg.places.get(source, how.place))
+    place, *more = all_places(cfg.places.get(source, how.place))
+    return how._replace(place=place, more=tuple(more))
 
 
 def _build(source: str, cfg: StreamBuildConfig, messages: list[str]) -> tuple[Built, Built]:
@@ -397,14 +413,18 @@ def _cached(
     return streams if len(streams) == len(found) else None
 
 
-def altered(report: Mapping[str, Any]) -> list[Remark]:
-    """Return the files that are not plain UTF-8; whatever else a cached report has is ignored."""
-    pairs = [pair for pair in _list(report, "altered") if isinstance(pair, list)]
+def remarks(report: Mapping[str, Any], key: str) -> list[Remark]:
+    """Return the files of a report's "altered" or "skipped"; what is not such a list is ignored."""
+    pairs = [pair for pair in _list(report, key) if isinstance(pair, list)]
     return [Remark(*map(str, pair)) for pair in pairs if len(pair) == len(Remark._fields)]
 
 
 def _told(report: Mapping[str, Any]) -> list[str]:
-    return [*tell("not plain UTF-8", altered(report)), *map(str, _list(report, "messages"))]
+    return [
+        *tell("not plain UTF-8", remarks(report, "altered")),
+        *tell("left out", remarks(report, "skipped")),
+        *map(str, _list(report, "messages")),
+    ]
 
 
 def _list(report: Mapping[str, Any], key: str) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from niels_gpt.cli.shared.options import CONFIG, HELP, PATH, source_options
+from niels_gpt.cli.shared.options import CONFIG, HELP, PATH, mix_option, source_options
 from niels_gpt.cli.shared.output import EnduringConsole, ProcessCommand, process
 from niels_gpt.run.options import TrainOptions
 
@@ -17,7 +17,7 @@ _STEP_FUNCTIONS = ("evaluate", "make_state", "train_step")
 @click.command(
     cls=ProcessCommand,
     context_settings={**HELP, "show_default": True},
-    epilog="Example: train --config configs/smoke.json --roam ~/notes --out checkpoints/first",
+    epilog="Example: train --config configs/smoke.json --notes ~/notes --out checkpoints/first",
 )
 @click.option(
     "--config", type=CONFIG, required=True, metavar="FILE", help="JSON config, or a bare name."
@@ -32,6 +32,7 @@ _STEP_FUNCTIONS = ("evaluate", "make_state", "train_step")
 @click.option("--out", type=PATH, metavar="DIR", help="Output folder (default checkpoints/).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")
 @source_options
+@mix_option
 @click.option("--compile/--no-compile", default=None, help="Compile the step.")
 @click.option("--no-sample", "sample", flag_value=False, default=True, help="Print no sample text.")
 @click.option("--sample-every-eval", is_flag=True, help="Print one with each evaluation too.")

@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from niels_gpt.config import INITS, OPTIMIZERS, ModelConfig, TrainConfig
+from niels_gpt.config import INITS, OPTIMIZERS, SOURCE_NAMES, ModelConfig, TrainConfig
 
 
 @st.composite
@@ -50,6 +50,7 @@ def train_configs(draw, *, max_steps=20):
         p_train=draw(probabilities()),
         optimizer=draw(st.sampled_from(OPTIMIZERS)),
         init=draw(st.sampled_from(INITS)),
+        val_source=draw(st.sampled_from(SOURCE_NAMES)),
     )
 
 

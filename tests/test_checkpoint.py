@@ -549,6 +549,15 @@ def test_a_file_of_a_version_without_the_names_is_of_their_defaults():
     assert same_state(parse_payload(payload).state, state)
 
 
+def test_the_source_that_judges_is_kept_unless_it_is_the_one_that_files_without_it_mean():
+    """So that the bytes of a run that is judged by wiki are as they were."""
+    assert "val_source" not in payload_of(checkpoint_of(random_state()))["train_cfg"]
+    own = checkpoint_of(random_state(val_source="text"))
+    assert payload_of(own)["train_cfg"]["val_source"] == own.val_source == "text"
+    assert parse_payload(payload_of(own)).state.train_cfg.val_source == "text"
+    assert checkpoint_of(random_state()).state.train_cfg.val_source == "wiki"
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_several_parameter_groups_need_names(named):
     def make(model):

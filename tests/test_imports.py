@@ -15,12 +15,13 @@ import pytest
 from tests import ROOT
 
 READERS = (
-    "data.split data.text data.recipe data.roam data.primer data.python_docs data.wiki data.sources"
+    "data.split data.text data.recipe data.roam data.documents data.primer data.python_docs "
+    "data.wiki data.sources mix"
 )
 MATHS_ROOMS = "model optim state loss step eval"
 # From the bottom up; a module is in the room of its folder.
 ROOMS = f"""
-    paths rng device tokenizer chat_format batching files data config lr_schedule
+    paths rng device tokenizer chat_format batching files data config mix lr_schedule
     {MATHS_ROOMS}
     schema streams corpus checkpoint inference run analysis
     entries

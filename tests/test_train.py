@@ -303,7 +303,7 @@ def test_resuming_on_other_text_is_refused_unless_allowed(train, tmp_path, texts
         (["--resume", "latest", "--out", "nowhere"], ["nowhere"]),
         (["--device", "toaster"], ["toaster"]),
         (["--wiki", "missing"], ["missing"]),
-        (["--roam", "missing"], ["--roam missing: no such folder"]),
+        (["--roam", "missing"], ["--notes missing: no such folder"]),
         (["--primer", "missing"], ["--primer missing: no such file"]),
         (["--resume", "."], ["--resume .: is a folder", "--resume latest --out ."]),
         (["--config", "missing.json"], ["missing.json"]),

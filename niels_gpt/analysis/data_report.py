@@ -67,8 +67,8 @@ def _look(name: str, cfg: StreamBuildConfig) -> Source:
         place=info.place,
         files=read,
         splits=splits,
-        left_out=[*left_out, *unread],
-        altered=streams.altered(report),
+        left_out=[*left_out, *unread, *streams.remarks(report, "skipped")],
+        altered=streams.remarks(report, "altered"),
         notes=train.messages + others,
     )
 

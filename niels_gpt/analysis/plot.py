@@ -37,6 +37,7 @@ class Curves(NamedTuple):
     train: Points
     val: Points
     lr: Points
+    source: str = "wiki"  # of the validation text
 
 
 class AxisX(NamedTuple):
@@ -94,22 +95,28 @@ def curves(records: Iterable[Record], x: str, label: str, *, where: str = "the l
     if wrong := [
         (r["step"], field, r[field])
         for r in records
-        for field in (axis.field, "loss", "lr", "val_wiki_loss")
+        for field in (axis.field, "loss", "lr", _val_field(r))
         if field in r and not isinstance(r[field], int | float)
     ]:
         step, field, value = wrong[0]
         raise ValueError(f"{where}: step {step} has {field!r}: {value!r}, which is not a number")
 
-    def points(kind: str, field: str) -> Points:
+    def points(kind: str, field_of: Callable[[Record], str]) -> Points:
         return [
-            (r[axis.field] / axis.unit, r[field])
+            (r[axis.field] / axis.unit, r[field_of(r)])
             for r in records
-            if r.get("kind") == kind and field in r
+            if r.get("kind") == kind and field_of(r) in r
         ]
 
-    return Curves(
-        label, points("train", "loss"), points("eval", "val_wiki_loss"), points("train", "lr")
-    )
+    train, lr = points("train", lambda r: "loss"), points("train", lambda r: "lr")
+    judges = [_val_field(r) for r in records if r.get("kind") == "eval"]
+    source = judges[-1].removeprefix("val_").removesuffix("_loss") if judges else "wiki"
+    return Curves(label, train, points("eval", _val_field), lr, source)
+
+
+def _val_field(record: Record) -> str:
+    """Return the field of an evaluation that has its loss, such as val_wiki_loss."""
+    return next((f for f in record if f.startswith("val_") and f.endswith("_loss")), "")
 
 
 def run_name(file: Path) -> str:
@@ -257,11 +264,12 @@ def draw(runs: Sequence[Curves], x: str) -> Figure:
         upper.plot(
             *_xy(run.train), color=colour, alpha=0.45, lw=1.2, label="" if several else "training"
         )
-        name = _legend_text(run.label) if several else "validation (wiki)"
+        name = _legend_text(run.label) if several else f"validation ({run.source})"
         upper.plot(*_xy(run.val), color=colour, lw=2, marker=marker, ms=5, label=name)
         dashes = (6, 2 * number) if number else ()  # equal rates stay visible
         lower.plot(*_xy(run.lr), color=colour, lw=1.5, dashes=dashes)
-    upper.legend(loc="best", title="validation (wiki); thin: training" if several else None)
+    judges = ", ".join(dict.fromkeys(run.source for run in runs))
+    upper.legend(loc="best", title=f"validation ({judges}); thin: training" if several else None)
     _label_axes(upper, lower, X_AXES[x].label)
     return figure
 

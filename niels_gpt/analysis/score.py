@@ -267,8 +267,10 @@ def describe_method(method: Sampled | Full) -> dict[str, Any]:
 # --- text --------------------------------------------------------------------------------------
 
 
-def open_file(path: Path, *, length: int = 1) -> Sources:
+def open_file(path: Path, *, length: int = 1, records: SourceRecords | None = None) -> Sources:
     """Return the raw bytes of a file as a source.
+
+    A message warns if the run of the checkpoint with these records trained on such a text.
 
     Raises:
         OSError: if it cannot be read.
@@ -281,7 +283,13 @@ def open_file(path: Path, *, length: int = 1) -> Sources:
         raise ValueError(f"{path}: {_too_short(data, length)}")
     info = SourceInfo(FILE, str(path), len(data), digest(data).sha256)
     problem = not_utf8(data)
-    return Sources({path.name: Built(data, info)}, {}, [f"{path}: {problem}"] if problem else [])
+    messages = [f"{path}: {problem}"] if problem else []
+    if "text" in (records or {}).get("train", {}):
+        messages.append(
+            f"{path}: scored as a whole, the part included that the model may have been trained "
+            "on; --source text scores the validation part"
+        )
+    return Sources({path.name: Built(data, info)}, {}, messages)
 
 
 def open_validation(

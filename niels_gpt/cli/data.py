@@ -7,10 +7,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from niels_gpt.cli.shared.options import CONFIG, HELP, Command, json_option, source_options
+from niels_gpt.cli.shared.options import (
+    CONFIG,
+    HELP,
+    Command,
+    json_option,
+    mix_option,
+    source_options,
+)
 from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_from_json
 from niels_gpt.data.sources import Places
+from niels_gpt.mix import may_choose_val, with_mix
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.data_report import Source
@@ -25,7 +33,7 @@ def _config_option(command: Command) -> Command:
         "--config",
         type=CONFIG,
         metavar="FILE",
-        help="Config for seed, T and shares (default: the defaults).",
+        help="Config for seed, T and shares, or a bare name (default: the defaults).",
     )(command)
 
 
@@ -34,7 +42,7 @@ def main() -> None:
     """Describe, build and fetch the training text."""
 
 
-@main.command(epilog="Example: niels-gpt data info --roam ~/notes")
+@main.command(epilog="Example: niels-gpt data info --notes ~/notes")
 @_config_option
 @source_options
 @json_option()
@@ -56,7 +64,7 @@ def info(config: str | None, places: Places, as_json: bool) -> None:
                 raise ValueError(source.problem)
 
 
-@main.command(epilog="Example: niels-gpt data build --roam ~/notes")
+@main.command(epilog="Example: niels-gpt data build --notes ~/notes")
 @_config_option
 @source_options
 @click.option("--rebuild", is_flag=True, help="Rebuild cached streams too.")
@@ -101,9 +109,10 @@ def fetch(as_json: bool) -> None:
     _show_streams(train, val, as_json)
 
 
-@main.command(epilog="Example: niels-gpt data sample --config smoke --roam ~/notes -n 3")
+@main.command(epilog="Example: niels-gpt data sample --config smoke --notes ~/notes -n 3")
 @_config_option
 @source_options
+@mix_option
 @click.option("--step", type=click.IntRange(1), default=1, show_default=True, help="Which step.")
 @click.option("-n", "n", type=click.IntRange(1), default=3, show_default=True, help="Rows to show.")
 @json_option()
@@ -138,15 +147,19 @@ def _where(
     """Return the configs, and how to read the sources under them."""
     from niels_gpt.streams import locate
 
+    path = None if config is None else find_config(config)
     model_cfg, train_cfg = ModelConfig(), TrainConfig()
-    if config is not None:
-        model_cfg, train_cfg = load_config_from_json(find_config(config))
-    where = locate(places)
-    return (
-        model_cfg,
-        train_cfg,
-        replace(where, T=model_cfg.T, seed=train_cfg.seed, wiki_fallback=True),
+    if path is not None:
+        model_cfg, train_cfg = load_config_from_json(path)
+    train_cfg = with_mix(train_cfg, places)
+    where = replace(
+        locate(places),
+        T=model_cfg.T,
+        seed=train_cfg.seed,
+        wiki_fallback=True,
+        any_val=may_choose_val(train_cfg, places, path),
     )
+    return model_cfg, train_cfg, where
 
 
 def _show_streams(train: Sources, val: Sources, as_json: bool) -> None:

@@ -18,7 +18,7 @@ from niels_gpt.cli.shared.options import (
 )
 from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.config import SOURCE_NAMES
-from niels_gpt.data.sources import Places
+from niels_gpt.data.sources import Places, all_places
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.score import Report
@@ -29,13 +29,12 @@ if TYPE_CHECKING:
 
 @click.command(
     context_settings=HELP,
-    epilog="Example: niels-gpt evaluate --ckpt checkpoints/best.pt --roam ~/notes --full",
+    epilog="Example: niels-gpt evaluate --ckpt checkpoints/best.pt --notes ~/notes --full",
 )
 @click.option("--ckpt", type=PATH, required=True, metavar="PATH", help="Checkpoint.")
 @click.option("--full", is_flag=True, help="Score every byte once, with a sliding window.")
 @click.option("--stride", type=int, metavar="N", help="Bytes between windows (default: T/2).")
 @click.option("--rows", type=click.IntRange(1), metavar="N", help="Windows computed at a time.")
-@click.option("--text", type=PATH, metavar="FILE", help="Score this file instead of the sources.")
 @click.option(
     "--source", "names", type=click.Choice(SOURCE_NAMES), multiple=True, help="Only this source."
 )
@@ -49,7 +48,6 @@ def main(
     full: bool,
     stride: int | None,
     rows: int | None,
-    text: Path | None,
     names: tuple[str, ...],
     places: Places,
     seed: int | None,
@@ -59,30 +57,49 @@ def main(
 ) -> None:
     """Measure how well a model predicts text.
 
-    Scores the validation text of each source, or a file, in nats and bits per byte with the
-    standard error. By default it uses the random windows that the training run evaluated on. With
-    --full every byte is scored once, and the result depends only on text, model and stride.
+    Scores the validation text of each source in nats and bits per byte with the standard error. By
+    default it uses the random windows that the training run evaluated on. With --full every byte is
+    scored once, and the result depends only on text, model and stride.
+
+    --text FILE alone scores the whole file, byte for byte. With --source text it is the source
+    `text` of a run, and its validation part is scored.
     """
+    file = _whole_file(names, places)
     if not full and (stride, rows) != (None, None):
         raise click.UsageError("--stride and --rows require --full")
     if full and (seed, steps) != (None, None):
         raise click.UsageError("--seed and --steps cannot be used with --full")
-    if text is not None and (names or places):
-        raise click.UsageError("--text cannot be combined with sources")
-    if text is not None:
-        refuse_without_effect("with --text", "skip_machine_lines")
+    if file is not None:
+        refuse_without_effect("with --text, which is scored as it is", "skip_machine_lines")
     with exit_on_failure(2):
         from niels_gpt.analysis.score import Full, Sampled, score_checkpoint
 
         report = score_checkpoint(
             ckpt,
-            partial(_open_text, text, names, places, full),
+            partial(_open_text, file, names, places, full),
             Full(stride, rows) if full else Sampled(seed, steps),
             device=device,
             on_progress=lambda name, done, total: console.progress(name)(done, total),
         )
     console.tell(*report.messages)
     console.result(_value(ckpt, report), _lines(report), as_json=as_json)
+
+
+def _whole_file(names: tuple[str, ...], places: Places) -> Path | None:
+    """Return the file to score as a whole, None to score the validation texts of sources."""
+    if "text" not in places or "text" in names:
+        return None
+    if names or len(places) > 1:
+        raise click.UsageError(
+            "--text cannot be combined with sources; --source text makes it one of them"
+        )
+    file, *more = map(Path, all_places(places["text"]))
+    if more or file.is_dir():
+        raise click.UsageError(
+            "--text takes one file to score as it is; with --source text it takes what `train` "
+            "takes, and scores the validation part"
+        )
+    return file
 
 
 def _open_text(
@@ -98,7 +115,7 @@ def _open_text(
 
     length = 1 if full else state.model_cfg.T + 1
     if file is not None:
-        return open_file(file, length=length)
+        return open_file(file, length=length, records=records)
     where = as_recorded(locate(places), records)
     return open_validation(where, names, state.train_cfg.seed, length=length)
 

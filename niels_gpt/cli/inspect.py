@@ -46,7 +46,7 @@ def _count(name: str, default: int, text: str | None = None) -> Option:
 
 @click.command(
     context_settings=HELP,
-    epilog="Example: niels-gpt inspect --ckpt checkpoints/best.pt --roam ~/notes --only documents",
+    epilog="Example: niels-gpt inspect --ckpt checkpoints/best.pt --notes ~/notes --only documents",
 )
 @click.option("--ckpt", type=PATH, required=True, metavar="PATH", help="Checkpoint.")
 @click.option("--only", type=click.Choice(PARTS), multiple=True, help="Only this part.")
@@ -74,7 +74,7 @@ def main(
 
     sharpness: the largest curvature of the loss, and the stable learning rate.
 
-    documents: the notes on which a step lowers the wiki validation loss most and least.
+    documents: the notes on which a step lowers the validation loss of the run most and least.
     """
     wanted = only or PARTS
     with exit_on_failure(2):
@@ -116,7 +116,7 @@ def _documents(
     except USER_ERRORS as error:
         if required:
             raise
-        console.tell(f"no documents: {describe(error)}; give --roam DIR")
+        console.tell(f"no documents: {describe(error)}; give --notes DIR")
         return []
 
 
@@ -143,7 +143,7 @@ def _measure(
     if documents:
         found["documents"] = influence.notes_worth(
             state,
-            corpus.val["wiki"],
+            corpus.validation,
             documents,
             batches=batches,
             windows=windows,

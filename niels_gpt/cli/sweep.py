@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,14 @@ from niels_gpt.cli.shared.options import (
     PATH,
     device_option,
     json_option,
+    mix_option,
     refuse_without_effect,
     source_options,
 )
 from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_from_json
 from niels_gpt.data.sources import Places
+from niels_gpt.mix import may_choose_val, with_mix
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.sweep import Cell, Cost, Result, Start, Suggestion
@@ -54,6 +57,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> li
 @click.option("--weight-decay", "decays", callback=_numbers, metavar="A,B,...")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N")
 @source_options
+@mix_option
 @device_option("cpu")
 @click.option(
     "--memory",
@@ -89,16 +93,14 @@ def main(
     _refuse_without_effect(dry_run, solo)
     with exit_on_failure(2):
         from niels_gpt.analysis import plot, sweep
-        from niels_gpt.corpus import open_corpus
         from niels_gpt.device import limit_threads
-        from niels_gpt.streams import locate
 
         plot.check_pictures(picture)
         limit_threads()
         model_cfg, cfg, start = _begin(config, overrides, parent, device)
         every_seed = range(cfg.seed, cfg.seed + seeds)
         cfgs = sweep.grid(cfg, lrs, decays or [cfg.weight_decay], every_seed)
-        corpus = open_corpus(model_cfg, cfg, locate(places))
+        corpus = _open_text(model_cfg, cfg, config, overrides, places)
         console.tell(*corpus.messages)
         groups = _groups(model_cfg, cfgs, memory)
         cost = sweep.cost(model_cfg, groups, corpus, device, solo=solo)
@@ -129,6 +131,22 @@ def _refuse_without_effect(dry_run: bool, solo: bool) -> None:
         refuse_without_effect("with --dry-run", "picture")
     if solo:
         refuse_without_effect("with --solo, which trains one model at a time", "memory")
+
+
+def _open_text(
+    model_cfg: ModelConfig,
+    cfg: TrainConfig,
+    config: str,
+    overrides: tuple[str, ...],
+    places: Places,
+) -> Corpus:
+    """Open the text of the runs, with the shares that were given."""
+    from niels_gpt.corpus import open_corpus
+    from niels_gpt.streams import locate
+
+    cfg = with_mix(cfg, places)
+    any_val = may_choose_val(cfg, places, find_config(config), overrides)
+    return open_corpus(model_cfg, cfg, replace(locate(places), any_val=any_val))
 
 
 def _groups(
@@ -163,7 +181,7 @@ def _train(
     for group in groups:
         shown = console.progress("step")
         states = train(model_cfg, group, corpus, device, start=start, on_step=shown)
-        found += sweep.results(states, corpus.val["wiki"], corpus.seed)
+        found += sweep.results(states, corpus.validation, corpus.seed)
     return found
 
 

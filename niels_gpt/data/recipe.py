@@ -24,6 +24,7 @@ class Reading(NamedTuple):
     load_wikitext: Callable[[], Documents] | None  # None: do not download
     fallback: bool  # whether a fallback text is allowed
     skip_machine_lines: bool = False
+    more: tuple[str | Path, ...] = ()  # further places, of a source that takes several
 
 
 class Remark(NamedTuple):
@@ -42,12 +43,17 @@ class Made(NamedTuple):
     altered: Sequence[Remark] = ()  # files that are not plain UTF-8
     messages: Sequence[str] = ()  # for the user
     unread: Sequence[Remark] = ()  # files that could not be read
+    skipped: Sequence[Remark] = ()  # files that are no text
     files: list[Stamp] | None = None  # that were read, if not all of the recipe's
 
     def reports(self) -> list[dict[str, Any]]:
         """Return, for train and val, what a cached stream is kept with; JSON-like."""
-        found = {"altered": [list(remark) for remark in self.altered], "messages": self.messages}
-        told = {name: list(value) for name, value in found.items() if value}
+        found = {
+            "altered": [list(remark) for remark in self.altered],
+            "skipped": [list(remark) for remark in self.skipped],
+            "messages": [*self.messages],
+        }
+        told = {name: value for name, value in found.items() if value}
         counts = [{"documents": n} for n in self.documents] if self.documents else [{}, {}]
         return [{**told, **count} for count in counts]
 

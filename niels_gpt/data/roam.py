@@ -31,6 +31,7 @@ TEXT_SUFFIXES = {  # of files that may well be notes, but in another format
     ".adoc", ".asciidoc", ".htm", ".html", ".mdown", ".mdx", ".mkd", ".org", ".qmd", ".rmd", ".rst",
     ".rtf", ".tex", ".text", ".textile", ".txt", ".wiki",
 }  # fmt: skip
+NO_TEXT = "no text, or not in UTF-8"
 HIDDEN = "hidden"
 LOGSEQ_BACKUP = "Logseq's backups"
 _LOGSEQ_COPIES = ("bak", "version-files")  # older versions of pages; the second by its sync
@@ -57,6 +58,16 @@ class Note(NamedTuple):
 
     path: Path
     text: str
+
+
+class Texts(NamedTuple):
+    """The texts of files without empty ones, and what reading them showed."""
+
+    texts: dict[Path, str]
+    unread: list[Remark]  # files that could not be read
+    skipped: list[Remark]  # files that are no text
+    altered: list[Remark]  # files that are not plain UTF-8
+    messages: list[str]
 
 
 class Notes(NamedTuple):
@@ -111,13 +122,17 @@ def scan_notes(root: str | Path) -> tuple[list[Path], list[Skipped]]:
     return list(scan.notes), scan.skipped
 
 
-def scan_folder(root: str | Path) -> Scan:
-    """Look through a folder; see `scan_notes`. Whatever cannot be looked at is skipped."""
+def scan_folder(root: str | Path, is_wanted: Callable[[Path], bool] | None = None) -> Scan:
+    """Look through a folder for notes, or for other files; see `scan_notes`.
+
+    Whatever cannot be looked at is skipped.
+    """
+    is_wanted = is_wanted or is_note
     found: dict[Path, os.stat_result] = {}
     skipped: list[Skipped] = []
     others: Counter[str] = Counter()
     for path in _walk(Path(os.path.abspath(root)), skipped):
-        if not is_note(path):
+        if not is_wanted(path):
             others.update([] if path.name.startswith(".") else [path.suffix.lower() or "no suffix"])
         elif reason := _why_not_note(path, found):
             skipped.append(Skipped(path, reason))
@@ -268,27 +283,44 @@ def _order(path: Path) -> tuple[list[str], Path]:
 # --- reading them ------------------------------------------------------------------------------
 
 
-def _read(root: Path, scan: Scan, how: Reading) -> Notes:
+def read_texts(
+    paths: Iterable[Path],
+    what: str,
+    *,
+    skip_machine_lines: bool,
+    is_wanted: Callable[[bytes], bool] = lambda data: True,
+) -> Texts:
+    """Read files as text; `what` they are is for the messages."""
     texts: dict[Path, str] = {}
-    unread, altered, machine = [], [], []
-    for path in scan.notes:
+    unread, skipped, altered, machine = [], [], [], []
+    for path in paths:
         try:
-            text, problem = decode(path.read_bytes())
+            data = path.read_bytes()
         except OSError as error:
             unread.append(Remark(str(path), error.strerror or str(error)))
             continue
+        if not is_wanted(data):
+            skipped.append(Remark(str(path), NO_TEXT))
+            continue
+        text, problem = decode(data)
         if problem:
             altered.append(Remark(str(path), problem))
         machine += machine_lines(text)
-        texts[path] = without_machine_lines(text) if how.skip_machine_lines else text
-    notes = [Note(path, text) for path, text in texts.items() if text.strip()]
-    messages = _tell_texts(len(texts) - len(notes), machine, how.skip_machine_lines)
+        texts[path] = without_machine_lines(text) if skip_machine_lines else text
+    kept = {path: text for path, text in texts.items() if text.strip()}
+    messages = _tell_texts(len(texts) - len(kept), what, machine, skip_machine_lines)
+    return Texts(kept, unread, skipped, altered, messages)
+
+
+def _read(root: Path, scan: Scan, how: Reading) -> Notes:
+    found = read_texts(scan.notes, "note", skip_machine_lines=how.skip_machine_lines)
+    notes = [Note(*pair) for pair in found.texts.items()]
     if not notes:
-        why = "; ".join([*tell("left out", unread), *messages])
-        what = "have text" if texts else "can be read"
+        why = "; ".join([*tell("left out", found.unread), *found.messages])
+        what = "can be read" if len(found.unread) == len(scan.notes) else "have text"
         raise Unavailable(f"no notes (*.md) under {root} {what}; {why}")
     train, val = _split(notes, root, how)
-    return Notes(train, val, unread, altered, messages)
+    return Notes(train, val, found.unread, found.altered, found.messages)
 
 
 def _split(notes: list[Note], root: Path, how: Reading) -> tuple[list[Note], list[Note]]:
@@ -303,10 +335,10 @@ def _split(notes: list[Note], root: Path, how: Reading) -> tuple[list[Note], lis
     return [n for n in notes if n.path not in chosen], [n for n in notes if n.path in chosen]
 
 
-def _tell_texts(empty: int, machine: list[str], skip: bool) -> list[str]:
+def _tell_texts(empty: int, what: str, machine: list[str], skip: bool) -> list[str]:
     messages = []
     if empty:
-        messages.append(f"{empty:,} empty note{'s' * (empty > 1)} left out")
+        messages.append(f"{empty:,} empty {what}{'s' * (empty > 1)} left out")
     if machine:
         size = sum(len(to_bytes(line)) for line in machine)
         fate = "left out" if skip else "read as text (--skip-machine-lines leaves them out)"

@@ -16,6 +16,7 @@ _BOMS = (  # in this order: the first UTF-32 begins like a UTF-16
     (codecs.BOM_UTF16_BE, "UTF-16-BE"),
 )
 _CHUNK = 1 << 20
+VALID = 10
 
 
 class Decoded(NamedTuple):
@@ -39,6 +40,18 @@ def decode(data: bytes) -> Decoded:
     if nuls := text.count("\0"):
         problems.append(f"{nuls:,} NUL characters, so no text, or UTF-16 without its mark")
     return Decoded(text.replace("\r\n", "\n").replace("\r", "\n"), "; ".join(problems))
+
+
+def is_text(data: bytes) -> bool:
+    """Tell text from binary data, and from text in another encoding than those of `decode`.
+
+    Text has no NUL and few invalid characters: at most one in `VALID` characters.
+    """
+    bom, encoding = _encoding(data)
+    if encoding == "UTF-8" and b"\0" in data:
+        return False
+    text = data[len(bom) :].decode(encoding, "replace")
+    return "\0" not in text and _replaced(data[len(bom) :], encoding, text) * VALID <= len(text)
 
 
 def not_utf8(data: bytes) -> str:

@@ -12,20 +12,18 @@ from niels_gpt.eval import Scores
 from niels_gpt.files.names import BEST
 from niels_gpt.files.torchfile import CheckpointError
 
-VALIDATION = "wiki"  # the source of every evaluation
-
 
 def resumed_scores(
-    resumed: Checkpoint, folder: Path, sources: SourceRecords
+    resumed: Checkpoint, folder: Path, sources: SourceRecords, val_source: str
 ) -> tuple[Scores, bool, list[str]]:
     """Return the scores to continue with, whether `best.pt` is there, and messages.
 
-    They are those of the checkpoint if its best is that of the folder's `best.pt`: a run resumed in
-    place goes on with the same bytes. Otherwise the best starts anew, with the evaluation of the
-    resumed state itself, if there is one.
+    `val_source` is that of the run now. The scores are those of the checkpoint if its best is
+    that of the folder's `best.pt`: a run resumed in place goes on with the same bytes. Otherwise
+    the best starts anew, with the evaluation of the resumed state itself, if there is one.
     """
     scores, best = resumed.scores, _described(resumed.scores)
-    if _text_changed(resumed.sources, sources):
+    if _text_changed(resumed, sources, val_source):
         message = f"the validation text changed: the best validation loss{best} starts anew"
         return Scores(val_step=scores.val_step), False, [message] if best else []
     if scores.best_val_loss is None or _has_best(folder, resumed):
@@ -39,11 +37,12 @@ def resumed_scores(
     return anew, False, [message]
 
 
-def _text_changed(before: SourceRecords | None, now: SourceRecords) -> bool:
+def _text_changed(resumed: Checkpoint, now: SourceRecords, val_source: str) -> bool:
     """Return whether the validation text is known to differ from that of the checkpoint."""
-    if before is None:
+    if resumed.sources is None:
         return False
-    a, b = (sources["val"].get(VALIDATION, {}).get("sha256") for sources in (before, now))
+    pairs = ((resumed.sources, resumed.val_source), (now, val_source))
+    a, b = (sources["val"].get(name, {}).get("sha256") for sources, name in pairs)
     return a != b
 
 

@@ -108,7 +108,7 @@ def _step_function(plan: Plan) -> StepFunction:
 
 def _evaluate_once(plan: Plan) -> None:
     one_batch = plan.state._replace(train_cfg=replace(plan.state.train_cfg, eval_steps=1))
-    evaluate(one_batch, plan.corpus.val["wiki"], one_batch.train_cfg.seed)
+    evaluate(one_batch, plan.corpus.validation, one_batch.train_cfg.seed)
 
 
 def _seconds(action: Callable[[], None]) -> float:

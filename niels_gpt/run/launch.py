@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_from_json
 from niels_gpt.device import keep_freed_memory, limit_threads
+from niels_gpt.mix import may_choose_val, with_mix
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.stop import Stop, Stopped
 
@@ -60,7 +61,10 @@ def _prepare(options: TrainOptions, locks: contextlib.ExitStack) -> Plan:
         durable.make_folder(out)
         locks.enter_context(durable.lock_folder(out))
     origin = find_origin(options)
-    return make_plan(*(own or _configs(options, origin)), options, origin)
+    model_cfg, train_cfg = own or _configs(options, origin)
+    path = find_config(options.config)
+    any_val = may_choose_val(train_cfg, options.places, path, options.overrides)
+    return make_plan(model_cfg, train_cfg, options, origin, any_val=any_val)
 
 
 def _configs(
@@ -69,4 +73,5 @@ def _configs(
     """Load the configs; with `--from`, the model's missing values are those of its checkpoint."""
     model = origin.parent.model_cfg if origin and origin.parent else {}
     path = find_config(options.config)
-    return load_config_from_json(path, options.overrides, model=model)
+    model_cfg, train_cfg = load_config_from_json(path, options.overrides, model=model)
+    return model_cfg, with_mix(train_cfg, options.places)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from niels_gpt.data.sources import Place, Places
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -15,7 +17,7 @@ class TrainOptions:
     parent: str | None = None  # `--from`, the checkpoint whose weights the run starts from
     device: str | None = None
     out: Path | None = None
-    places: Mapping[str, Path] = field(default_factory=dict)  # of sources, by name
+    places: Mapping[str, Place] = field(default_factory=Places)  # of sources, by name
     compile: bool | None = None
     dry_run: bool = False
     as_json: bool = False

@@ -109,7 +109,7 @@ def _newest(folder: Path) -> Origin:
 
 def _resume_messages(resumed: Checkpoint, train_cfg: TrainConfig) -> list[str]:
     """Return messages about inexact resumption and changed settings."""
-    before, now = resumed.train_cfg, to_dict(train_cfg)
+    before, now = {"val_source": resumed.val_source, **resumed.train_cfg}, to_dict(train_cfg)
     changed = [
         f"train.{name}: {before[name]!r} in the checkpoint, now {now[name]!r}"
         for name in now

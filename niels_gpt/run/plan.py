@@ -6,6 +6,7 @@ streams, and every error that it raises is about the user's input.
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,11 +54,14 @@ def make_plan(
     train_cfg: TrainConfig,
     options: TrainOptions,
     origin: Origin | None = None,
+    *,
+    any_val: bool = False,
 ) -> Plan:
     """Validate and load everything that a run needs.
 
     Args:
         origin: that of the options, if it is already open.
+        any_val: whether the configs leave open which source decides best.pt.
 
     Raises:
         ValueError, RuntimeError, OSError: for invalid input; nothing was changed.
@@ -66,13 +70,12 @@ def make_plan(
     device = resolve_device(options.device)
     origin = origin or find_origin(options)
     state, resumed = origin.state(model_cfg, train_cfg, device), origin.resumed
-    where = locate(options.places, write_cache=not options.dry_run)
-    where = as_recorded(where, resumed.sources if resumed else None)
-    corpus = open_corpus(model_cfg, train_cfg, where)
+    state, corpus = _open_text(state, options, resumed, any_val=any_val)
     inherited = resumed.environment.get("compile", False) if resumed else None
     compiled, why = choose_compile(options.compile, inherited, device, model_cfg, train_cfg)
     environment = describe_environment(device, compiled)
     scores, has_best, records, told = _past(resumed, options, corpus, environment)
+    messages = [*origin.messages(state.train_cfg), *told, *schedule_messages(train_cfg)]
     return Plan(
         state=state,
         scores=scores,
@@ -84,13 +87,24 @@ def make_plan(
         why_compile=why,
         resumed=resumed,
         ancestors=origin.ancestors,
-        messages=[
-            *origin.messages(train_cfg),
-            *told,
-            *schedule_messages(train_cfg),
-            *corpus.messages,
-        ],
+        messages=[*messages, *corpus.messages],
     )
+
+
+def _open_text(
+    state: TrainState, options: TrainOptions, resumed: Checkpoint | None, *, any_val: bool
+) -> tuple[TrainState, Corpus]:
+    """Open the text of a run; return its state with the `val_source` that it has, and the text.
+
+    With `any_val` that is the source of the resumed run, or else one that the text suggests.
+    """
+    cfg, where = state.train_cfg, locate(options.places, write_cache=not options.dry_run)
+    if resumed is not None:
+        where = as_recorded(where, resumed.sources)
+        cfg = replace(cfg, val_source=resumed.val_source if any_val else cfg.val_source)
+    where = replace(where, any_val=any_val and resumed is None)
+    corpus = open_corpus(state.model_cfg, cfg, where)
+    return state._replace(train_cfg=replace(cfg, val_source=corpus.val_source)), corpus
 
 
 def _past(
@@ -109,7 +123,9 @@ def _past(
     changes = data_changes(resumed.sources, corpus.record)
     if changes:
         _refuse_unless(options.allow_data_change, resumed.path, changes)
-    scores, has_best, told = resumed_scores(resumed, output_folder(options), corpus.record)
+    scores, has_best, told = resumed_scores(
+        resumed, output_folder(options), corpus.record, corpus.val_source
+    )
     logged = resumed.path.with_name(METRICS)
     records = records_until(read_metrics(logged), resumed.step, resumed.scores.val_step)
     changes += environment_changes(resumed.environment, environment)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -69,6 +69,7 @@ class Reporter:
         cfg = plan.state.train_cfg
         self._plan, self._metrics, self._console = plan, metrics, console
         self._total = cfg.total_steps
+        self._val_loss = f"val_{cfg.val_source}_loss"
         self._batch_bytes = cfg.B * plan.state.model_cfg.T
         self._before = max((r.get("seconds", 0.0) for r in plan.records), default=0.0)
         logged = [r["loss"] for r in plan.records if isinstance(r.get("loss"), float)]
@@ -108,10 +109,10 @@ class Reporter:
         assert loss is not None
         best = "  best so far" if scores.best_step == step else ""
         self._console.say(
-            f"step {step:>6}/{self._total}  val_wiki_loss {loss:.4f} nats  "
+            f"step {step:>6}/{self._total}  {self._val_loss} {loss:.4f} nats  "
             f"{loss / math.log(2):.4f} bits/byte{best}"
         )
-        self._record("eval", step, now, {"val_wiki_loss": loss})
+        self._record("eval", step, now, {self._val_loss: loss})
         self._last_time, self._last_step = now, step
 
     def on_text(self, step: int, text: str) -> None:
@@ -119,8 +120,8 @@ class Reporter:
         self._console.say(f"what the model writes after step {step}:", "", _indented(text), "")
         self._last_time, self._last_step = time.monotonic(), step
 
-    def closing(self, state: TrainState, scores: Scores) -> None:
-        """Print a summary of the run."""
+    def closing(self, state: TrainState, scores: Scores, others: Mapping[str, float]) -> None:
+        """Print a summary of the run; `others` are the final losses of the other sources."""
         say, now = self._console.say, time.monotonic() - self._start
         in_all = f", {_duration(self._before + now)} in all" if self._before else ""
         say(f"finished {state.step} steps in {_duration(now)}{in_all}")
@@ -129,10 +130,12 @@ class Reporter:
         if scores.val_loss is not None:
             known = scores.best_step is not None  # unknown if a plain loop wrote the checkpoint
             say(
-                f"validation loss (wiki): {scores.val_loss:.4f} nats; best "
+                f"validation loss ({state.train_cfg.val_source}): {scores.val_loss:.4f} nats; best "
                 f"{scores.best_val_loss:.4f}"
                 f"{f' after step {scores.best_step}' if known else ' before this run'}"
             )
+        for name, loss in others.items():
+            say(f"validation loss ({name}): {loss:.4f} nats")
         say(f"files: {self._plan.out}")
 
     def _speed(self, step: int, now: float) -> float:

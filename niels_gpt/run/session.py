@@ -8,8 +8,11 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 
+from niels_gpt.corpus import Corpus
+from niels_gpt.data.sources import all_places, option_of
 from niels_gpt.eval import evaluate
 from niels_gpt.lr_schedule import lr_of_step
+from niels_gpt.mix import written
 from niels_gpt.run import loop
 from niels_gpt.run.compile import choose_step
 from niels_gpt.run.excerpt import excerpt
@@ -36,7 +39,7 @@ def train(plan: Plan, options: TrainOptions, console: Console, stop: Stop) -> in
             ports = replace(ports, show=show)
         state, scores, saved = loop.run(plan.state, plan.scores, ports)
         if saved:
-            reporter.closing(state, scores)
+            reporter.closing(state, scores, _score_others(state, plan.corpus, console, stop))
             if options.sample and (not options.sample_every_eval or state.step == plan.state.step):
                 show(state)
     except Stopped as stopped:
@@ -91,7 +94,7 @@ def ports_of(
         batch=lambda step: corpus.batch(step, device),
         lr=lambda step: lr_of_step(step, cfg),
         step=step,
-        evaluate=lambda state: evaluate(state, corpus.val["wiki"], cfg.seed),
+        evaluate=lambda state: evaluate(state, corpus.validation, cfg.seed),
         on_step=reporter.on_step,
         on_log=reporter.on_log,
         on_eval=reporter.on_eval,
@@ -100,6 +103,22 @@ def ports_of(
         may_stop=stop.immediately,
         check_each=device == "cpu",
     )
+
+
+def _score_others(
+    state: TrainState, corpus: Corpus, console: Console, stop: Stop
+) -> dict[str, float]:
+    """Return the validation loss of each source but that of every evaluation, in nats.
+
+    It is for the reader of the log alone, so that nothing of a run depends on it.
+    """
+    losses = {}
+    with stop.immediately():
+        for name, stream in corpus.val.items():
+            if name != corpus.val_source:
+                console.show(f"scoring the validation text of {name}")
+                losses[name] = evaluate(state, stream, state.train_cfg.seed)
+    return losses
 
 
 def resume_line(options: TrainOptions, folder: Folder) -> str:
@@ -113,7 +132,8 @@ def resume_line(options: TrainOptions, folder: Folder) -> str:
     given = {
         "--config": [options.config],
         "--set": options.overrides,
-        **{f"--{name}": [place] for name, place in options.places.items()},
+        **{option_of(name): all_places(place) for name, place in options.places.items()},
+        "--mix": [written(mix)] if (mix := getattr(options.places, "mix", None)) else [],
         "--device": [options.device],
         "--resume": [folder.good],
         "--out": [folder.path] if folder.good.parent != folder.path else [],

@@ -125,6 +125,25 @@ def nothing(folder):
     return ["--roam", folder / "absent"], "absent: no such folder"
 
 
+def empty_text(folder):
+    (folder / "text.txt").write_text(" \n")
+    return ["--text", folder / "text.txt"], "text.txt: is empty"
+
+
+def binary_text(folder):
+    (folder / "text.txt").write_bytes(bytes(range(256)) * 9)
+    return ["--text", folder / "text.txt"], "text.txt: no text, or not in UTF-8"
+
+
+def folder_without_text(folder):
+    (folder / "a.png").write_bytes(bytes(range(256)) * 9)
+    return ["--text", folder], "no file has text; 1 left out:"
+
+
+def no_text_at_all(folder):
+    return ["--text", folder / "absent"], "--text " + str(folder / "absent: no such file or folder")
+
+
 def notes_of_another_suffix(folder):
     (folder / "a.org").write_text("text")
     return ["--roam", folder], "1 text file is not read (1 .org): notes are *.md and *.markdown"
@@ -133,6 +152,7 @@ def notes_of_another_suffix(folder):
 PLACES = [
     *(empty_folder, blank_primer, wiki_without_val, file_for_a_wiki, folder_for_a_primer),
     *(file_for_notes, nothing, notes_of_another_suffix),
+    *(empty_text, binary_text, folder_without_text, no_text_at_all),
 ]
 
 
@@ -142,6 +162,8 @@ def test_a_place_that_is_named_and_holds_no_text_is_refused(run, tmp_path, comma
     """Also the primer, which has no share in `p_train`."""
     (tmp_path / "named").mkdir()
     option, message = place(tmp_path / "named")
+    if command == "evaluate" and "--text" in option:
+        option = [*option, "--source", "text"]  # else it scores a file as it is
     result = run(command, *option)
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())

@@ -5,7 +5,7 @@ import pytest
 from niels_gpt import paths
 from niels_gpt.config import SOURCE_NAMES
 from niels_gpt.data.recipe import Recipe, Unavailable
-from niels_gpt.data.sources import SOURCES, Source
+from niels_gpt.data.sources import SOURCES, Source, option_of
 from niels_gpt.streams import StreamBuildConfig, build_sources, describe_sources, locate
 
 
@@ -24,6 +24,7 @@ def test_every_command_that_reads_text_has_an_option_for_each_source(niels):
         said = niels(*command, "--help").output
         for name, source in SOURCES.items():
             assert f"--{name} {source.metavar}" in said
+            assert option_of(name) in said
             assert source.help in said
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from niels_gpt.data.sources import SOURCES, Places
+from niels_gpt.data.sources import SOURCES, Places, option_of
+from niels_gpt.mix import EXAMPLE, parse_mix
 
 
 class NonEmptyPath(click.Path):
@@ -72,16 +73,41 @@ def source_options(command: Command) -> Command:
     @functools.wraps(command)
     def with_places(**given: Any) -> Any:
         named = {name: given.pop(name) for name in SOURCES}
-        places = Places({name: place for name, place in named.items() if place is not None})
+        places = Places({name: place for name, place in named.items() if place})
         places.skip_machine_lines = given.pop("skip_machine_lines")
+        places.mix = given.pop("mix", None)
         return command(places=places, **given)
 
     decorated: Command = click.option(
         "--skip-machine-lines/--keep-machine-lines",
         default=None,
-        help="Leave out embedded pictures and the like in notes.",
+        help="Leave out embedded pictures and the like in notes and text.",
     )(with_places)
     for name, source in reversed(SOURCES.items()):
-        option = click.option(f"--{name}", type=PATH, metavar=source.metavar, help=source.help)
+        option = click.option(
+            *dict.fromkeys([option_of(name), f"--{name}"]),
+            name,
+            type=PATH,
+            multiple=source.several,
+            metavar=source.metavar,
+            help=source.help,
+        )
         decorated = option(decorated)
     return decorated
+
+
+def mix_option(command: Command) -> Command:
+    """Add --mix to a command with `source_options`, which gets it as `places.mix`."""
+
+    def parse(ctx: click.Context, param: click.Parameter, text: str | None) -> Any:
+        try:
+            return None if text is None else parse_mix(text)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+
+    return click.option(
+        "--mix",
+        callback=parse,
+        metavar="NAME=SHARE,...",
+        help=f"Shares of the sources, such as {EXAMPLE}.",
+    )(command)

@@ -1,0 +1,171 @@
+"""One's own text alone: `--text`, `--mix`, and the text that decides best.pt."""
+
+import json
+import shlex
+
+import pytest
+
+from niels_gpt import paths
+from niels_gpt.checkpoint import open_checkpoint
+from niels_gpt.run.metrics import read_metrics
+
+CONFIG = {
+    "model": {"T": 16, "C": 8, "L": 1, "H": 2, "d_ff": 8},
+    "train": {"B": 4, "total_steps": 4, "eval_every": 2, "eval_steps": 1, "ckpt_every": 2},
+}
+
+
+@pytest.fixture
+def train(niels, tmp_path, monkeypatch):
+    """Run `niels-gpt train ARGS` where there is no text but that of the arguments."""
+    monkeypatch.setattr(paths, "REPO_ROOT", tmp_path / "root")
+    monkeypatch.setattr(paths, "ROAM_DIR", tmp_path / "root/.roam-data")
+
+    def no_fallback(*args):
+        raise AssertionError("the fallback text was built")
+
+    monkeypatch.setattr("niels_gpt.data.wiki.load_python_docs", no_fallback)
+    monkeypatch.setattr("niels_gpt.data.wiki.python_docs_digest", no_fallback)
+    (tmp_path / "c.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "own.txt").write_text("".join(f"My line {n} of text.\n" for n in range(400)))
+    return lambda *args: niels(
+        "train", "--config", "c.json", "--device", "cpu", "--out", "a", *args
+    )
+
+
+def losses_of(folder):
+    return [[k for k in r if "val" in k] for r in read_metrics(folder) if r["kind"] == "eval"]
+
+
+def test_a_text_alone_is_trained_on_and_judged_by(train, tmp_path):
+    done = train("--text", "own.txt")
+    assert done.exit_code == 0, done.output
+    assert "the shares are text 1 (--mix sets others)" in done.stderr
+    assert "best.pt is chosen by the validation text of text" in done.stderr
+    assert "val_text_loss" in done.stdout
+    assert "validation loss (text)" in done.stdout
+    assert "wiki" not in done.output
+    kept = open_checkpoint(tmp_path / "a/best.pt")
+    assert kept.state.train_cfg.p_train == {"text": 1.0}
+    assert kept.state.train_cfg.val_source == "text"
+    assert {*kept.sources["train"], *kept.sources["val"]} == {"text"}
+    assert losses_of(tmp_path / "a/metrics.jsonl") == [["val_text_loss"]] * 2
+
+
+def test_the_resume_line_has_all_that_was_given_and_ends_in_the_same_bytes(
+    train, niels, tmp_path, texts
+):
+    mix = ["--mix", "text=3,notes=1,primer=0", "--text", "own.txt", "--text", texts / "wiki"]
+    whole = train(*mix, "--notes", texts / "notes")
+    assert whole.exit_code == 0, whole.output
+    bits = (tmp_path / "a/latest.pt").read_bytes()
+    half = train(*mix, "--notes", texts / "notes", "--set", "train.total_steps=2")
+    assert half.exit_code == 0, half.output
+    line = half.stdout.partition("resume with: niels-gpt ")[2].splitlines()[0]
+    for words in ("--mix text=0.75,roam=0.25,primer=0.0", "--notes", f"--text {texts / 'wiki'}"):
+        assert words in line
+    resumed = niels(*shlex.split(line), "--set", "train.total_steps=4")
+    assert resumed.exit_code == 0, resumed.output
+    assert "train.p_train" not in resumed.stderr
+    assert (tmp_path / "a/latest.pt").read_bytes() == bits
+
+
+def test_the_largest_share_with_a_validation_text_judges_and_all_are_scored(train, texts, tmp_path):
+    (tmp_path / "short.txt").write_text("A short text.\n" * 8)  # its last tenth is no window
+    many = ["--text", "short.txt", "--notes", texts / "notes", "--mix", "text=9,roam=2,primer=1"]
+    done = train(*many, "--primer", paths.primer_path())
+    assert done.exit_code == 0, done.output
+    assert "best.pt is chosen by the validation text of roam" in done.stderr
+    scored = [line for line in done.stdout.splitlines() if line.startswith("validation loss (")]
+    assert [line.partition("(")[2].partition(")")[0] for line in scored] == ["roam", "primer"]
+
+
+def test_a_text_too_short_to_judge_by_is_told(train, tmp_path):
+    (tmp_path / "short.txt").write_text("A short text.\n" * 8)
+    done = train("--text", "short.txt")
+    assert done.exit_code == 2
+    assert "no source has a validation text: text: its validation split has 11 bytes" in done.stderr
+    assert "give more text" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--mix", "text=1"], "no text was given; give --text FILE|DIR, or leave it out of --mix"),
+        (["--mix", "roam=1"], "which is not a folder; give --notes DIR, or leave it out of --mix"),
+        (["--mix", "text=1,roam=1", "--text", "own.txt"], "source 'roam' cannot be built"),
+    ],
+)
+def test_a_source_of_the_mix_that_is_not_there_is_refused(train, tmp_path, given, message):
+    done = train(*given)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert not [*tmp_path.glob("a/*.pt")]
+
+
+def test_wiki_judges_where_it_is_asked_for(train, texts, tmp_path):
+    wiki = ["--wiki", texts / "wiki"]
+    shared = train("--text", "own.txt", *wiki)
+    assert "the shares are wiki 0.5, text 0.5" in shared.stderr
+    named = train("--text", "own.txt", *wiki, "--mix", "text=1")
+    for done in (shared, named):
+        assert done.exit_code == 0, done.output
+        assert "val_wiki_loss" in done.stdout
+        assert "best.pt is chosen" not in done.stderr
+    assert "validation loss (text)" in named.stdout
+    assert open_checkpoint(tmp_path / "a/best.pt").val_source == "wiki"
+
+
+def test_a_resumed_run_keeps_what_judges_it_and_says_what_changes(train, texts, tmp_path):
+    """Also one of a version that always judged by wiki, of a config without a share for it."""
+    wiki = ["--wiki", texts / "wiki", "--text", "own.txt", "--mix", "text=1"]
+    assert train(*wiki, "--set", "train.total_steps=2").exit_code == 0
+    config = CONFIG["train"] | {"p_train": {"text": 1.0}}
+    (tmp_path / "c.json").write_text(json.dumps({**CONFIG, "train": config}))
+    (tmp_path / "root/data").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "root/data/wiki").symlink_to(texts / "wiki")
+    kept = train("--text", "own.txt", "--resume", "latest")
+    assert kept.exit_code == 0, kept.output
+    assert "val_wiki_loss" in kept.stdout
+    other = ["--set", "train.val_source=text", "--set", "train.total_steps=6"]
+    refused = train("--text", "own.txt", "--resume", "latest", *other)
+    assert refused.exit_code == 2
+    assert "val/wiki: folder" in refused.stderr
+    more = train("--text", "own.txt", "--resume", "latest", *other, "--allow-data-change")
+    assert more.exit_code == 0, more.output
+    assert "train.val_source: 'wiki' in the checkpoint, now 'text'" in more.stderr
+    assert "the validation text changed" in more.stderr
+    assert losses_of(tmp_path / "a/metrics.jsonl") == [["val_wiki_loss"]] * 2 + [["val_text_loss"]]
+
+
+def test_every_command_reads_the_text_of_such_a_run(train, niels, tmp_path):
+    assert train("--text", "own.txt").exit_code == 0
+    text = ["--text", "own.txt"]
+    for command in (
+        "replay --to a/latest.pt --device cpu",
+        "replay --from a --step 2 --device cpu",
+        "inspect --ckpt a/latest.pt --only noise --batches 2",
+        "data info",
+        "data sample --config c.json -n 1",
+        "sweep --config c.json --lr 1e-3",
+    ):
+        done = niels(*command.split(), *text)
+        assert done.exit_code == 0, (command, done.output)
+    part = niels("evaluate", "--ckpt", "a/latest.pt", *text, "--source", "text", "--full")
+    assert part.exit_code == 0, part.output
+    assert "not the text of the run" not in part.stderr
+    whole = niels("evaluate", "--ckpt", "a/latest.pt", *text, "--full")
+    assert whole.exit_code == 0, whole.output
+    assert "own.txt: scored as a whole" in whole.stderr
+    (scored,) = [line for line in whole.stdout.splitlines() if line.startswith("own.txt")]
+    assert scored.split()[-1] == f"{(tmp_path / 'own.txt').stat().st_size:,}"
+
+
+@pytest.mark.parametrize(
+    "more", [["--source", "wiki"], ["--notes", "."], ["--text", "c.json"]], ids=str
+)
+def test_evaluate_scores_one_file_as_it_is_or_sources(train, niels, more):
+    assert train("--text", "own.txt").exit_code == 0
+    refused = niels("evaluate", "--ckpt", "a/latest.pt", "--text", "own.txt", *more)
+    assert refused.exit_code == 2
+    assert "--source text" in " ".join(refused.stderr.split())
