@@ -328,7 +328,9 @@ def _parse_override(override: str) -> tuple[str, str, str | None, Any]:
     section, _, rest = dotted.strip().partition(".")
     key, dot, source = rest.partition(".")
     if not equals or not key or (dot and (section, key) != ("train", "p_train")):
-        raise ValueError(f"{where}: must be SECTION.KEY=VALUE, such as train.total_steps=20")
+        hint = _meant(section) if equals and not key else ""
+        example = hint or "such as train.total_steps=20"
+        raise ValueError(f"{where}: must be SECTION.KEY=VALUE, {example}")
     _raise_problems(where, _key_problems({section: {key: None}}))
     try:
         value = parse_json(text)
@@ -338,6 +340,13 @@ def _parse_override(override: str) -> tuple[str, str, str | None, Any]:
         value = text.strip()
     _raise_problems(where, _data_problems({section: {key: {source: value} if dot else value}}))
     return section, key, source if dot else None, value
+
+
+def _meant(key: str) -> str:
+    """Return a question about the key that is meant by one without its section, "" for none."""
+    keys = {f.name: f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in fields(cls)}
+    near = difflib.get_close_matches(key[:80], keys, n=1)
+    return f"did you mean {keys[near[0]]}?" if near else ""
 
 
 def _takes_a_name(section: str, key: str) -> bool:
@@ -355,15 +364,23 @@ def find_config(name: str | os.PathLike[str]) -> Path:
     given = Path(name)
     if os.path.exists(given) and not os.path.isdir(given):
         return given
-    folders = (paths.CONFIG_DIR, paths.PACKAGE_DIR / "configs")
     if len(given.parts) == 1:
-        for folder in folders:
+        for folder in _config_folders():
             for candidate in (folder / given, folder / f"{given}.json"):
                 if os.path.isfile(candidate):
                     return candidate
-    known = sorted({file.stem for folder in folders for file in folder.glob("*.json")})
+    known = known_configs()
     what = "is a folder, not a config file" if os.path.isdir(given) else "no such config file"
     raise FileNotFoundError(f"{name}: {what}; known by name: {', '.join(known) or 'none'}")
+
+
+def known_configs() -> list[str]:
+    """Return the names of the configs that are found by name."""
+    return sorted({file.stem for folder in _config_folders() for file in folder.glob("*.json")})
+
+
+def _config_folders() -> tuple[Path, Path]:
+    return paths.CONFIG_DIR, paths.PACKAGE_DIR / "configs"
 
 
 def _require_sections(doc: object, *, where: str) -> dict[str, dict[str, Any]]:

@@ -105,7 +105,7 @@ def open_corpus(model_cfg: ModelConfig, train_cfg: TrainConfig, where: StreamBui
     if where.any_val:
         judge = _largest_with_validation(p, val, messages)
         messages.append(
-            f"best.pt is chosen by the validation text of {judge} (--set train.val_source=NAME)"
+            f"best.pt is chosen by the validation loss on {judge} (--set train.val_source=NAME)"
         )
     if "text" in where.places and not where.demanded:
         messages.append(f"the shares are {shares} (--mix sets others)")

@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from niels_gpt.cli.shared.options import CONFIG, HELP, PATH, mix_option, source_options
+from niels_gpt.cli.shared.options import (
+    CONFIG,
+    FILE,
+    HELP,
+    PATH,
+    mix_option,
+    set_option,
+    source_options,
+)
 from niels_gpt.cli.shared.output import EnduringConsole, ProcessCommand, process
 from niels_gpt.run.options import TrainOptions
 
@@ -23,14 +31,14 @@ _STEP_FUNCTIONS = ("evaluate", "make_state", "train_step")
     "--config", type=CONFIG, required=True, metavar="FILE", help="JSON config, or a bare name."
 )
 @click.option(
-    "--resume", type=CONFIG, metavar="PATH", help="Checkpoint to resume, or the word `latest`."
+    "--resume", type=FILE, metavar="PATH", help="Checkpoint to resume, or the word `latest`."
 )
 @click.option(
-    "--from", "parent", type=CONFIG, metavar="PATH", help="Start from a checkpoint's weights."
+    "--from", "parent", type=FILE, metavar="PATH", help="Start from a checkpoint's weights."
 )
 @click.option("--device", metavar="NAME", help="cpu, mps or cuda; default mps, else cpu.")
 @click.option("--out", type=PATH, metavar="DIR", help="Output folder (default checkpoints/).")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")
+@set_option
 @source_options
 @mix_option
 @click.option("--compile/--no-compile", default=None, help="Compile the step.")

@@ -81,6 +81,7 @@ def test_defaults_are_the_contract():
         "weight_decay": 0.1,
         "optimizer": "adamw",
         "init": "normal",
+        "val_source": "wiki",
     }
     assert default_p_train() == {"wiki": 0.784, "roam": 0.196, "primer": 0.020}
 
@@ -270,6 +271,15 @@ def test_missing_sections_and_keys_take_the_defaults(tmp_path):
     assert load_config_from_json(write(tmp_path, {})) == (ModelConfig(), TrainConfig())
     path = write(tmp_path, {"train": {"B": 2, "p_train": None}})
     assert load_config_from_json(path) == (ModelConfig(), TrainConfig(B=2))
+
+
+def test_a_key_without_its_section_is_answered_with_the_one_that_is_meant():
+    with pytest.raises(ValueError, match=r"must be SECTION\.KEY=VALUE, did you mean train\.B\?"):
+        apply_overrides({}, ["B=3"])
+    with pytest.raises(ValueError, match=r"did you mean train\.total_steps\?"):
+        apply_overrides({}, ["total_step=3"])
+    with pytest.raises(ValueError, match=r"such as train\.total_steps=20"):
+        apply_overrides({}, ["=3"])
 
 
 def test_every_unknown_name_is_listed_with_the_nearest(tmp_path):

@@ -896,7 +896,7 @@ def test_a_run_goes_without_notes_and_says_so(home):
     cfg = config(home, roam_root=home / "none")
     train, _ = build_train_val_sources(MODEL, TrainConfig(), build_cfg=cfg)
     assert train.keys() == {"wiki", "primer"}
-    why = f"no notes (*.md) under {home / 'none'}, which is not a folder"
+    why = f"no notes (*.md): {home / 'none'} does not exist"
     assert train.missing == {"roam": why}
     p = renormalise(TrainConfig().p_train, train)
     assert p == pytest.approx({"wiki": 0.784 / 0.804, "primer": 0.02 / 0.804})

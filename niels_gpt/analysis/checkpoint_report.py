@@ -27,6 +27,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         "digest": found.digest,
         "step": found.step,
         "best_val_loss": found.scores.best_val_loss,
+        "val_source": found.val_source,
         "parameters": parameter_count(found.cfg),
         "has_optimizer_state": found.optimizer_state is not None,
         "model_cfg": found.model_cfg,

@@ -11,7 +11,7 @@ from niels_gpt.data.recipe import Remark
 from niels_gpt.data.roam import TEXT_SUFFIXES, scan_folder, tell_suffixes
 from niels_gpt.streams import Built, StreamBuildConfig
 
-CACHED, STALE, UNCACHED = "cached", "cached from other input", "not cached"
+CACHED, STALE, UNCACHED = "cached", "the cache will be rebuilt", "not cached"
 
 
 class Split(NamedTuple):

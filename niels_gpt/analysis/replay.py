@@ -343,34 +343,48 @@ def view_files(
 ) -> tuple[StepView, str, list[str]]:
     """Return a view of step `step` of the run of a checkpoint, or of a folder of them.
 
-    Starts at the nearest earlier checkpoint, or at the initial state. Also returns the name of the
-    start, and messages.
+    Starts at the nearest earlier checkpoint, or at the initial state, under the config and on the
+    text of the first checkpoint that is not earlier: a run that was extended took the step under
+    those. Also returns the name of the start, and messages.
 
     Raises:
         ValueError, OSError: if there is no such step or checkpoint, or the text differs.
     """
-    nearest = _nearest(start, step) if start.is_dir() else open_checkpoint(start)
-    checkpoint = to_device(nearest, device)
-    path, state = checkpoint.path, checkpoint.state
-    total = state.train_cfg.total_steps
+    before, after = _around(start, step) if start.is_dir() else (open_checkpoint(start),) * 2
+    if before is not None and before.step >= step:
+        raise ValueError(f"{start} is after step {before.step}, too late for step {step}")
+    run = to_device(after, device)
+    total = run.configs[1].total_steps
     if not 1 <= step <= total:
-        raise ValueError(f"--step {step}: the run of {path} has steps 1 to {total}")
-    begin, told = path.name, list[str]()
-    if state.step >= step:
-        if not start.is_dir():
-            raise ValueError(f"{path} is after step {state.step}, too late for step {step}")
-        state, told = first_state(checkpoint)
-        begin = "the initial state"
-    corpus, messages = open_corpus_of(checkpoint, sources)
-    update = step_of(checkpoint)
+        raise ValueError(f"--step {step}: the run of {run.path} has steps 1 to {total}")
+    state, begin, told = _state_before(before, run)
+    corpus, messages = open_corpus_of(run, sources)
+    update = step_of(run)
     while state.step < step - 1:
         state, _ = advance(state, corpus, update)
         on_step(state.step)
     return view_step(state, corpus), begin, [*told, *messages]
 
 
-def _nearest(folder: Path, step: int) -> Checkpoint:
-    """Open the last checkpoint before a step, else the first one after it."""
+def _state_before(before: Checkpoint | None, run: Checkpoint) -> tuple[TrainState, str, list[str]]:
+    """Return the state of a checkpoint, or else the initial one, under the configs of a run.
+
+    Also returns the name of what that is, and messages.
+    """
+    if before is None:
+        state, told = first_state(run)
+        return state, "the initial state", told
+    state, begin = before.on(run.state.device).state_under(*run.configs), before.path.name
+    if before.train_cfg == run.train_cfg:
+        return state, begin, []
+    return state, begin, [f"the config changed after {begin}: using that of {run.path.name}"]
+
+
+def _around(folder: Path, step: int) -> tuple[Checkpoint | None, Checkpoint]:
+    """Open the last checkpoint before a step, and the first one after it, or else that one again.
+
+    The first is None where there is none before the step.
+    """
     steps = {path: number for number, path in periodic_files(folder).items()}
     opened: dict[Path, Checkpoint] = {}  # their names do not give a step
     for path in {folder / LATEST, folder / BEST} & set(checkpoint_files(folder)):
@@ -379,6 +393,15 @@ def _nearest(folder: Path, step: int) -> Checkpoint:
             steps[path] = opened[path].step
     if not steps:
         raise FileNotFoundError(f"{folder}: no checkpoint in this folder")
-    before = [path for path, number in steps.items() if number < step]
-    best = max(before, key=steps.__getitem__) if before else min(steps, key=steps.__getitem__)
-    return opened.get(best) or open_checkpoint(best)
+    ordered = sorted(steps, key=steps.__getitem__)
+    before = [path for path in ordered if steps[path] < step]
+    after = [path for path in ordered if steps[path] >= step]
+
+    def opening(path: Path) -> Checkpoint:
+        return opened.get(path) or open_checkpoint(path)
+
+    first = opening(before[-1]) if before else None
+    if after:
+        return first, opening(after[0])
+    assert first is not None
+    return first, first

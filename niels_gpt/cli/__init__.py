@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from niels_gpt import __version__
-from niels_gpt.cli.shared.options import HELP
+from niels_gpt.cli.shared.options import HELP, Commands
 from niels_gpt.cli.shared.output import console, process
 
 
-class Commands(click.Group):
+class Modules(Commands):
     """A group whose commands are the modules of this folder, imported on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -38,7 +38,7 @@ class Commands(click.Group):
 
 
 @click.group(
-    cls=Commands,
+    cls=Modules,
     context_settings=HELP,
     invoke_without_command=True,
     no_args_is_help=True,

@@ -19,7 +19,7 @@ GREETING = "/help lists the commands, Ctrl-D ends"
 
 @click.command(
     context_settings={**HELP, "show_default": True},
-    epilog="Example: niels-gpt chat --ckpt checkpoints/best.pt --system 'You are a kind teacher.'",
+    epilog="Example: niels-gpt chat --system 'You are a kind teacher.'",
 )
 @click.option("--message", metavar="TEXT", help="Send this, print the reply and exit.")
 @click.option("--system", metavar="TEXT", help="System message.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import textwrap
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from niels_gpt.cli.shared.options import HELP, PATH, json_option, refuse_without_effect
+from niels_gpt.cli.shared.options import HELP, PATH, Commands, json_option, refuse_without_effect
 from niels_gpt.cli.shared.output import console, exit_on_failure
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 MAX_LINE = 10_000  # characters
 
 
-@click.group(context_settings=HELP)
+@click.group(cls=Commands, context_settings=HELP)
 def main() -> None:
     """Inspect, verify, compare and export checkpoints."""
 
@@ -99,11 +100,12 @@ def export(path: Path, out: Path, force: bool) -> None:
 def _info_lines(found: dict[str, Any]) -> list[str]:
     best, at = found["best_val_loss"], found["scores"]["best_step"]
     when = "" if at is None else f" after step {at:,}"
+    judge = found["val_source"]
     facts = [
         ("file", f"{found['path']}, {found['file_bytes']:,} bytes"),
         ("digest", found["digest"] or "none: written by another program"),
         ("step", f"{found['step']:,}"),
-        ("best loss", "-" if best is None else f"{best:.4f} nats (wiki){when}"),
+        ("best loss", "-" if best is None else f"{best:.4f} nats ({judge}){when}"),
         ("parameters", f"{found['parameters']:,}"),
         ("model", _pairs(found["model_cfg"])),
         ("train", _pairs(found["train_cfg"])),
@@ -151,6 +153,10 @@ def _verdict_line(v: Verdict) -> str:
     return f"good  {v.path}: step {v.step:,}, {checked}"
 
 
+def _percent(ratio: float) -> str:
+    return "from zero" if math.isinf(ratio) else f"{100 * ratio:.3g} %"
+
+
 def _diff_lines(found: Comparison, n: int) -> list[str]:
     lines = [f"{key}: {a} -> {b}" for key, a, b in found.settings]
     if found.unlike:
@@ -158,9 +164,14 @@ def _diff_lines(found: Comparison, n: int) -> list[str]:
             f"{len(found.unlike)} parameters have different shapes or are in only one of them"
         )
     if found.parameters:
-        lines += ["", f"{'parameter':<28}  {'relative':>9}  {'largest':>9}"]
         lines += [
-            f"{c.name:<28}  {c.relative:9.3g}  {c.largest:9.3g}" for c in found.parameters[:n]
+            "",
+            "the parameters that changed most, by the size of the change relative to that in A:",
+            f"{'parameter':<28}  {'change':>9}  {'largest element':>15}",
+        ]
+        lines += [
+            f"{c.name:<28}  {_percent(c.relative):>9}  {c.largest:15.3g}"
+            for c in found.parameters[:n]
         ]
         if (more := len(found.parameters) - n) > 0:
             lines.append(f"and {more} more")

@@ -1,14 +1,19 @@
 """The `config` commands: show a resolved config."""
 
+import textwrap
+from pathlib import Path
+
 import click
 
-from niels_gpt.analysis.config_report import Setting, resolve
-from niels_gpt.cli.shared.options import CONFIG, HELP, json_option
+from niels_gpt.analysis.config_report import DEFAULT, OVERRIDE, Setting, resolve
+from niels_gpt.cli.shared.options import CONFIG, HELP, Commands, json_option, set_option
 from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.config import find_config
 
+WIDTH = 80  # columns
 
-@click.group(context_settings=HELP)
+
+@click.group(cls=Commands, context_settings=HELP)
 def main() -> None:
     """Show a resolved config."""
 
@@ -22,7 +27,7 @@ def main() -> None:
     metavar="FILE",
     help="JSON config, or a bare name (default: only defaults).",
 )
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")
+@set_option
 @json_option()
 def show(config: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show every value of a config and where it comes from.
@@ -37,14 +42,21 @@ def show(config: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 def _lines(settings: list[Setting]) -> list[str]:
+    """Return a table of 80 columns; a meaning that is longer goes on below itself."""
     rows = [("key", "value", "from", "meaning"), *(_row(s) for s in settings)]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return [
-        "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)), row[3]])
-        for row in rows
-    ]
+    left = sum(widths) + 2 * len(widths)
+    lines = []
+    for *cells, meaning in rows:
+        first = "".join(f"{cell:<{w}}  " for cell, w in zip(cells, widths, strict=True))
+        for part in textwrap.wrap(meaning, max(20, WIDTH - left)):
+            lines.append(first + part)
+            first = " " * left
+    files = {s.origin for s in settings} - {DEFAULT, OVERRIDE}
+    return [*lines, *(f"{Path(file).name} is {file}" for file in files if Path(file).name != file)]
 
 
 def _row(s: Setting) -> tuple[str, str, str, str]:
     changed = s.default is not None and s.value != s.default
-    return s.key, str(s.value), s.origin, s.meaning + f" (default {s.default})" * changed
+    origin = s.origin if s.origin in (DEFAULT, OVERRIDE) else Path(s.origin).name
+    return s.key, str(s.value), origin, s.meaning + f" (default {s.default})" * changed

@@ -11,6 +11,7 @@ from niels_gpt.cli.shared.options import (
     CONFIG,
     HELP,
     Command,
+    Commands,
     json_option,
     mix_option,
     source_options,
@@ -37,7 +38,7 @@ def _config_option(command: Command) -> Command:
     )(command)
 
 
-@click.group(context_settings=HELP)
+@click.group(cls=Commands, context_settings=HELP)
 def main() -> None:
     """Describe, build and fetch the training text."""
 

@@ -10,7 +10,7 @@ import click
 
 from niels_gpt.cli.shared.options import (
     HELP,
-    PATH,
+    ckpt_option,
     device_option,
     json_option,
     refuse_without_effect,
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 @click.command(
     context_settings=HELP,
-    epilog="Example: niels-gpt evaluate --ckpt checkpoints/best.pt --notes ~/notes --full",
+    epilog="Example: niels-gpt evaluate --notes ~/notes --full",
 )
-@click.option("--ckpt", type=PATH, required=True, metavar="PATH", help="Checkpoint.")
+@ckpt_option
 @click.option("--full", is_flag=True, help="Score every byte once, with a sliding window.")
 @click.option("--stride", type=int, metavar="N", help="Bytes between windows (default: T/2).")
 @click.option("--rows", type=click.IntRange(1), metavar="N", help="Windows computed at a time.")

@@ -11,8 +11,8 @@ import click
 
 from niels_gpt.cli.shared.options import (
     HELP,
-    PATH,
     Option,
+    ckpt_option,
     device_option,
     json_option,
     refuse_without_effect,
@@ -46,9 +46,9 @@ def _count(name: str, default: int, text: str | None = None) -> Option:
 
 @click.command(
     context_settings=HELP,
-    epilog="Example: niels-gpt inspect --ckpt checkpoints/best.pt --notes ~/notes --only documents",
+    epilog="Example: niels-gpt inspect --notes ~/notes --only documents",
 )
-@click.option("--ckpt", type=PATH, required=True, metavar="PATH", help="Checkpoint.")
+@ckpt_option
 @click.option("--only", type=click.Choice(PARTS), multiple=True, help="Only this part.")
 @source_options
 @_count("--batches", 4)
@@ -158,7 +158,7 @@ def _lines(found: dict[str, Any], state: TrainState, top: int) -> Iterator[str]:
     if "sharpness" in found:
         yield from _curvature_lines(found["sharpness"], state)
     if "documents" in found:
-        yield from _worth_lines(found["documents"], top)
+        yield from _worth_lines(found["documents"], state, top)
 
 
 def _noise_lines(noise: NoiseScale, state: TrainState) -> list[str]:
@@ -168,8 +168,14 @@ def _noise_lines(noise: NoiseScale, state: TrainState) -> list[str]:
         f"gradient noise, from {noise.rows} rows of the next batches",
         f"  noise scale        {_rows(noise.scale)} (95 %: {_rows(noise.low)} to "
         f"{_rows(noise.high)}), {_rows(noise.scale * T)} bytes",
+        _why("a step on so many rows makes half the progress of one with all text"),
         f"  {f'at B={B}':<19}a step makes {1 / (1 + noise.scale / B):.0%} of the progress of one "
         "with all text",
+        _why(
+            "a larger train.B would save steps where rows run in parallel"
+            if noise.scale > B
+            else "a larger train.B would hardly save steps, a smaller one saves text and time"
+        ),
     ]
     if math.isinf(noise.high):
         return [*lines, "  the gradient is lost in the noise of so few rows: increase --batches"]
@@ -179,6 +185,11 @@ def _noise_lines(noise: NoiseScale, state: TrainState) -> list[str]:
         f"  suggested          B = {suggested}: a run then takes twice the minimum steps "
         "and twice the minimum text",
     ]
+
+
+def _why(sentence: str) -> str:
+    """Return a line below a figure: what it means, or what to do about it."""
+    return " " * 21 + sentence
 
 
 def _rows(value: float) -> str:
@@ -192,6 +203,7 @@ def _curvature_lines(curvature: Curvature, state: TrainState) -> list[str]:
         f"sharpness, without dropout, on the next batch ({state.train_cfg.B} rows)",
         f"  Hessian            {_eigenvalue(curvature.plain)}; gradient descent is stable up to "
         f"lr {curvature.plain_lr:.3g}",
+        _why("the sharper the loss bends, the smaller a step of plain descent must be"),
     ]
     if adam is None or adam_lr is None:
         why = "the checkpoint has no moments"
@@ -201,8 +213,13 @@ def _curvature_lines(curvature: Curvature, state: TrainState) -> list[str]:
     else:
         lines += [
             f"  as AdamW sees it   {_eigenvalue(adam)}; AdamW is stable up to lr {adam_lr:.3g}",
-            f"                     the schedule's lr here is {curvature.lr:.3g}; see the caveats "
-            "in docs/inspect.md",
+            _why("above that rate the loss may jump or stop falling; it is a guide, not a wall"),
+            f"  {'the rate here':<19}{curvature.lr:.3g} by the schedule",
+            _why(
+                "below the limit: a sweep tells whether a higher train.base_lr learns faster"
+                if curvature.lr < adam_lr
+                else "above the limit: lower train.base_lr if the loss jumps"
+            ),
         ]
     if not all(found.converged for found in (curvature.plain, adam) if found):
         lines += ["  not converged: it may be larger, and the lr lower; increase --iterations"]
@@ -213,20 +230,34 @@ def _eigenvalue(found: Eigenvalue) -> str:
     return f"largest eigenvalue {found.value:.4g} +- {found.error:.2g}"
 
 
-def _worth_lines(worth: Sequence[Influence], top: int) -> list[str]:
-    ordered = sorted(worth, key=lambda d: -d.value)
-    helpful, harmful = ordered[:top], ordered[::-1][:top]
-    hurting = sum(d.value < 0 for d in worth)
-    return [
+def _worth_lines(worth: Sequence[Influence], state: TrainState, top: int) -> list[str]:
+    judge, window = state.train_cfg.val_source, state.model_cfg.T + 1
+    long = [d for d in worth if d.nbytes >= window]
+    short = [d for d in worth if d.nbytes < window]
+    lines = [
         "",
-        f"{len(worth)} notes, by what a step on them does to the wiki validation loss "
-        "(1: as good as wiki text)",
-        f"  {hurting} hurt; the median is {ordered[len(ordered) // 2].value:+.3f}",
-        "  help most",
-        *map(_worth_line, helpful),
-        "  help least, or hurt",
-        *map(_worth_line, harmful),
+        f"{len(worth)} notes, by what a step on them does to the {judge} validation loss "
+        f"(1: as good as {judge} text)",
+        *_summary(worth),
+        "  read what hurts: leave out what you do not want the model to learn",
     ]
+    if long:
+        ordered = sorted(long, key=lambda d: -d.value)
+        lines += ["  help most", *map(_worth_line, ordered[:top])]
+        lines += ["  help least, or hurt", *map(_worth_line, ordered[::-1][:top])]
+    if short:
+        lines += [
+            f"  {len(short)} of fewer than {window:,} bytes, a window of the model, apart:",
+            *_summary(short),
+            "  so few bytes say little of one note: compare many of them, or none",
+        ]
+    return lines
+
+
+def _summary(worth: Sequence[Influence]) -> list[str]:
+    values = sorted(d.value for d in worth)
+    hurting = sum(value < 0 for value in values)
+    return [f"  {hurting} of {len(values)} hurt; the median is {values[len(values) // 2]:+.3f}"]
 
 
 def _worth_line(document: Influence) -> str:

@@ -23,7 +23,7 @@ GROUP = 64  # samples in one pass
 
 @click.command(
     context_settings={**HELP, "show_default": True},
-    epilog="Example: niels-gpt sample --ckpt checkpoints/best.pt --prompt 'The river ' -n 3",
+    epilog="Example: niels-gpt sample --prompt 'The river ' -n 3",
 )
 @click.option(
     "--prompt",

@@ -18,6 +18,7 @@ from niels_gpt.cli.shared.options import (
     json_option,
     mix_option,
     refuse_without_effect,
+    set_option,
     source_options,
 )
 from niels_gpt.cli.shared.output import console, exit_on_failure
@@ -51,7 +52,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> li
 @click.option(
     "--config", type=CONFIG, required=True, metavar="FILE", help="JSON config, or a bare name."
 )
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. train.B=16.")
+@set_option
 @click.option("--from", "parent", type=PATH, metavar="PATH", help="Begin with its weights.")
 @click.option("--lr", "lrs", required=True, callback=_numbers, metavar="A,B,...", help="base_lr.")
 @click.option("--weight-decay", "decays", callback=_numbers, metavar="A,B,...")

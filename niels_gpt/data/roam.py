@@ -194,11 +194,12 @@ def _find(how: Reading) -> tuple[Path, Scan]:
 
 def _why_no_notes(root: Path, scan: Scan) -> str:
     reasons = dict(scan.skipped)
-    absent = (os.strerror(errno.ENOENT), os.strerror(errno.ENOTDIR))
-    if root in reasons and reasons[root] not in absent:
-        return f"{root} cannot be read: {reasons[root]}"
-    if root in reasons:
+    if reasons.get(root) == os.strerror(errno.ENOENT):
+        return f"no notes (*.md): {root} does not exist"
+    if reasons.get(root) == os.strerror(errno.ENOTDIR):
         return f"no notes (*.md) under {root}, which is not a folder"
+    if root in reasons:
+        return f"{root} cannot be read: {reasons[root]}"
     return "; ".join([f"no notes (*.md) under {root}", *_messages(scan)])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 LATEST = "latest.pt"
 BEST = "best.pt"
 METRICS = "metrics.jsonl"
+TRAIN_FIRST = "train a model first: niels-gpt train --config quick"
 
 _PERIODIC = re.compile(r"step_([0-9]{7,})\.pt")
 
@@ -28,6 +29,23 @@ def checkpoint_files(folder: Path) -> list[Path]:
     periodic = {name: step for name in names if (step := step_of_name(name)) is not None}
     ordered = [LATEST, *sorted(periodic, key=lambda name: -periodic[name]), BEST]
     return [folder / name for name in ordered if name in names]
+
+
+def model_in(path: Path) -> Path:
+    """Return the checkpoint to use of a run's folder: best.pt, else latest.pt; a file as it is.
+
+    Raises:
+        FileNotFoundError: if it is a folder with neither; the message says what to do.
+    """
+    if not path.is_dir():
+        return path
+    files = {file.name: file for file in checkpoint_files(path)}
+    for name in (BEST, LATEST, *files):
+        if name in files:
+            return files[name]
+    raise FileNotFoundError(
+        f"{path}: no checkpoints in this folder; name another one, or {TRAIN_FIRST}"
+    )
 
 
 def run_files(folder: Path) -> list[Path]:

@@ -112,7 +112,9 @@ def _score_others(
 
     It is for the reader of the log alone, so that nothing of a run depends on it.
     """
-    losses = {}
+    losses: dict[str, float] = {}
+    if not console.is_read:
+        return losses
     with stop.immediately():
         for name, stream in corpus.val.items():
             if name != corpus.val_source:

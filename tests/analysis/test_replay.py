@@ -282,6 +282,27 @@ def test_a_step_before_the_first_checkpoint_is_reached_from_the_initial_state(ru
     assert result.stdout.startswith("step 2: loss 5.")
 
 
+def test_a_step_of_an_extended_run_is_shown_under_the_later_config(run, again, niels, texts):
+    """The checkpoint before it was written under the config that ended at step 10."""
+    where = ["--wiki", texts / "wiki", "--roam", texts / "notes", "--device", "cpu"]
+    config = ["--config", run.parent / "c.json", "--set", "train.total_steps=14"]
+    (run.parent / "c.json").write_text(json.dumps(CONFIG))
+    longer = niels(
+        "train", *config, "--set", "train.log_every=1", "--resume", run / "latest.pt", *where
+    )
+    assert longer.exit_code == 0, longer.output
+    for path in run.glob("step_000001*.pt"):
+        path.unlink()  # the last one is of step 9
+    (record,) = [r for r in read_metrics(run / "metrics.jsonl") if r["step"] == 13 and "loss" in r]
+    result = again("--from", run, "--step", 13, "--json")
+    assert result.exit_code == 0, result.output
+    assert "the config changed after step_0000009.pt: using that of" in result.stderr
+    view = json.loads(result.stdout)
+    assert view["lr"] == record["lr"]
+    early = again("--from", run, "--step", 8, "--json")
+    assert "the config changed" not in early.stderr
+
+
 @pytest.fixture(scope="module")
 def opened(whole_run, texts):
     state = open_checkpoint(whole_run / "step_0000006.pt").state

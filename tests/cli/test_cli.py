@@ -64,7 +64,9 @@ def test_what_stdout_cannot_write_is_no_traceback(niels_process, tmp_path):
 def test_an_unknown_command_is_told(niels):
     result = niels("trian")
     assert result.exit_code == 2
-    assert "No such command 'trian'" in result.stderr
+    assert "No such command 'trian' (did you mean train?)" in result.stderr
+    assert "(did you mean verify?)" in niels("checkpoint", "verfy").stderr
+    assert "(known: build, fetch, info, sample)" in niels("data", "zzz").stderr
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,10 @@ def test_an_unknown_command_is_told(niels):
         ("niels-gpt ", COMMANDS),
         ("niels-gpt ch", ["chat", "checkpoint"]),
         ("niels-gpt checkpoint ", ["info", "verify", "diff", "export"]),
-        ("niels-gpt train --config ", [""]),  # "file," lets the shell complete file names
+        ("niels-gpt train --resume ", [""]),  # "file," lets the shell complete file names
+        ("niels-gpt train --config ", ["", "quick", "smoke", "train"]),
+        ("niels-gpt data info --config sm", ["sm", "smoke"]),
+        ("niels-gpt sweep --set train.b", ["train.base_lr="]),
         ("niels-gpt plot --x ", ["steps", "bytes", "hours"]),
     ],
 )

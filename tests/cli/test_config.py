@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from niels_gpt import paths
 from niels_gpt.analysis.config_report import DEFAULT, OVERRIDE, resolve
 from niels_gpt.config import ModelConfig, TrainConfig, load_config_from_json, to_dict
 from tests.strategies import model_configs, train_configs
@@ -72,7 +73,10 @@ def test_show_prints_a_line_per_value(niels):
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["key", "value", "from", "meaning"]
-    assert len(lines) == 1 + len(KEYS) + len(SOURCES)
+    assert max(map(len, lines[:-1])) <= 80
+    first = [line.split()[0] for line in lines[1:-1] if not line.startswith(" ")]
+    assert first == [*KEYS, *SOURCES]
+    assert lines[-1] == f"quick.json is {paths.CONFIG_DIR / 'quick.json'}"
     (line,) = [line for line in lines if line.startswith("train.B ")]
     assert line.split(maxsplit=3) == ["train.B", "8", "--set", "rows per batch (default 32)"]
 

@@ -30,6 +30,24 @@ def test_all_three_parts_are_told(inspect):
     for words in ("latest.pt, after step 3", "from 8 rows", "AdamW is stable up to lr", "11 notes"):
         assert words in result.stdout
     assert result.stdout.count("/note ") == 8
+    for words in ("half the progress", "train.B would", "the loss bends", "train.base_lr"):
+        assert words in result.stdout
+
+
+def test_notes_shorter_than_a_window_are_apart(inspect, texts):
+    from niels_gpt.analysis.influence import Influence
+    from niels_gpt.cli.inspect import _worth_lines
+    from tests.training import trained_state
+
+    state = trained_state()
+    T = state.model_cfg.T
+    worth = [Influence("short", T, 9.0), Influence("long", T + 1, 0.5), Influence("bad", 99, -0.5)]
+    lines = _worth_lines(worth, state, 10)
+    named = [line.split()[-1] for line in lines if " bytes  " in line]
+    assert named == ["long", "bad", "bad", "long"]
+    text = "\n".join(lines)
+    assert f"1 of fewer than {T + 1} bytes, a window of the model, apart" in text
+    assert "1 of 3 hurt; the median is +0.500" in text
 
 
 def test_one_part_alone_as_json_has_every_note_by_name(inspect):

@@ -41,7 +41,7 @@ def test_a_text_alone_is_trained_on_and_judged_by(train, tmp_path):
     done = train("--text", "own.txt")
     assert done.exit_code == 0, done.output
     assert "the shares are text 1 (--mix sets others)" in done.stderr
-    assert "best.pt is chosen by the validation text of text" in done.stderr
+    assert "best.pt is chosen by the validation loss on text" in done.stderr
     assert "val_text_loss" in done.stdout
     assert "validation loss (text)" in done.stdout
     assert "wiki" not in done.output
@@ -75,7 +75,7 @@ def test_the_largest_share_with_a_validation_text_judges_and_all_are_scored(trai
     many = ["--text", "short.txt", "--notes", texts / "notes", "--mix", "text=9,roam=2,primer=1"]
     done = train(*many, "--primer", paths.primer_path())
     assert done.exit_code == 0, done.output
-    assert "best.pt is chosen by the validation text of roam" in done.stderr
+    assert "best.pt is chosen by the validation loss on roam" in done.stderr
     scored = [line for line in done.stdout.splitlines() if line.startswith("validation loss (")]
     assert [line.partition("(")[2].partition(")")[0] for line in scored] == ["roam", "primer"]
 
@@ -92,7 +92,7 @@ def test_a_text_too_short_to_judge_by_is_told(train, tmp_path):
     ("given", "message"),
     [
         (["--mix", "text=1"], "no text was given; give --text FILE|DIR, or leave it out of --mix"),
-        (["--mix", "roam=1"], "which is not a folder; give --notes DIR, or leave it out of --mix"),
+        (["--mix", "roam=1"], "does not exist; give --notes DIR, or leave it out of --mix"),
         (["--mix", "text=1,roam=1", "--text", "own.txt"], "source 'roam' cannot be built"),
     ],
 )
@@ -135,7 +135,9 @@ def test_a_resumed_run_keeps_what_judges_it_and_says_what_changes(train, texts, 
     assert more.exit_code == 0, more.output
     assert "train.val_source: 'wiki' in the checkpoint, now 'text'" in more.stderr
     assert "the validation text changed" in more.stderr
-    assert losses_of(tmp_path / "a/metrics.jsonl") == [["val_wiki_loss"]] * 2 + [["val_text_loss"]]
+    assert losses_of(tmp_path / "a/metrics.jsonl") == 2 * [["val_wiki_loss"]] + 2 * [
+        ["val_text_loss"]
+    ]
 
 
 def test_every_command_reads_the_text_of_such_a_run(train, niels, tmp_path):
@@ -145,7 +147,6 @@ def test_every_command_reads_the_text_of_such_a_run(train, niels, tmp_path):
         "replay --to a/latest.pt --device cpu",
         "replay --from a --step 2 --device cpu",
         "inspect --ckpt a/latest.pt --only noise --batches 2",
-        "data info",
         "data sample --config c.json -n 1",
         "sweep --config c.json --lr 1e-3",
     ):

@@ -129,7 +129,7 @@ def test_the_line_that_resumes_has_what_was_given(train, monkeypatch, flag, text
     for pair in (
         ["--set", "train.base_lr=0.01"],
         ["--wiki", str(texts / "wiki")],
-        ["--roam", str(texts / "notes")],
+        ["--notes", str(texts / "notes")],
         ["--device", "cpu"],
         ["--resume", "an out/latest.pt"],
     ):

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from niels_gpt.cli.shared.options import PATH, Command, device_option, refuse_without_effect
+from niels_gpt.cli.shared.options import (
+    Command,
+    ckpt_option,
+    device_option,
+    refuse_without_effect,
+)
 
 if TYPE_CHECKING:
     from niels_gpt.checkpoint import Checkpoint
@@ -63,7 +68,7 @@ def generation_options(command: Command) -> Command:
 
 
 _OPTIONS = (
-    click.option("--ckpt", type=PATH, required=True, metavar="PATH", help="Checkpoint."),
+    ckpt_option,
     click.option("--max-bytes", type=click.IntRange(0), default=512, help="Maximum length."),
     click.option("--temperature", type=float, default=0.8, help="0: the most likely byte."),
     click.option("--top-k", type=int, metavar="K", help="Only the K most likely bytes."),

@@ -2,12 +2,18 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
+from niels_gpt import paths
+from niels_gpt.cli.shared.output import console
+from niels_gpt.config import SECTIONS, known_configs, nearest
 from niels_gpt.data.sources import SOURCES, Places, option_of
+from niels_gpt.files.names import TRAIN_FIRST, model_in
 from niels_gpt.mix import EXAMPLE, parse_mix
 
 
@@ -21,8 +27,43 @@ class NonEmptyPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class ConfigFile(NonEmptyPath):
+    """A config file or the name of a config; both are completed."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Complete file names (first: the shell forgets what comes before them) and names."""
+        names = [name for name in known_configs() if name.startswith(incomplete)]
+        return [*super().shell_complete(ctx, param, incomplete), *map(CompletionItem, names)]
+
+
+class Override(click.types.StringParamType):
+    """A `--set` argument, of which the key is completed."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Complete SECTION.KEY=."""
+        keys = (f"{section}.{f.name}=" for section, cls in SECTIONS.items() for f in fields(cls))
+        return [CompletionItem(key) for key in keys if key.startswith(incomplete)]
+
+
+class Commands(click.Group):
+    """A group that suggests the nearest name for an unknown command."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Find the command."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            hint = nearest(args[0], self.list_commands(ctx))
+            raise click.UsageError(f"No such command {args[0]!r} ({hint})", ctx) from error
+
+
 PATH = NonEmptyPath(path_type=Path)
-CONFIG = NonEmptyPath()  # a str, because a bare name is a config too; the type completes file names
+FILE = NonEmptyPath()  # a str, because a word may be meant
+CONFIG = ConfigFile()
 HELP = {"help_option_names": ["-h", "--help"]}
 
 COMMANDLINE = click.core.ParameterSource.COMMANDLINE
@@ -42,6 +83,18 @@ def refuse_without_effect(reason: str, *names: str) -> None:
     for param in ctx.command.params:
         if param.name in names and ctx.get_parameter_source(param.name) is COMMANDLINE:
             raise click.UsageError(f"{param.opts[0]} has no effect {reason}")
+
+
+def set_option(command: Command) -> Command:
+    """Add --set to a command, which gets them as `overrides`."""
+    return click.option(
+        "--set",
+        "overrides",
+        type=Override(),
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="E.g. train.B=16.",
+    )(command)
 
 
 def device_option(default: str | None = None, *, of_run: bool = False) -> Option:
@@ -65,6 +118,31 @@ def device_option(default: str | None = None, *, of_run: bool = False) -> Option
     return click.option(
         "--device", default=default, callback=resolve, metavar="NAME", show_default=True, help=text
     )
+
+
+def ckpt_option(command: Command) -> Command:
+    """Add --ckpt to a command, which gets the checkpoint that is meant: a file."""
+
+    def find(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+        if ctx.resilient_parsing:
+            return None
+        try:
+            found = model_in(path or paths.CHECKPOINT_DIR)
+            if path is None and not found.exists():
+                raise FileNotFoundError(f"{found}: no such folder; {TRAIN_FIRST}")
+        except OSError as error:
+            raise click.BadParameter(str(error)) from None
+        if found != path:
+            console.tell(f"using {found}")
+        return found
+
+    return click.option(
+        "--ckpt",
+        type=PATH,
+        callback=find,
+        metavar="PATH",
+        help="Checkpoint, or folder of a run; default checkpoints/.",
+    )(command)
 
 
 def source_options(command: Command) -> Command:

@@ -3,7 +3,9 @@
 import click
 import pytest
 
+from niels_gpt import paths
 from niels_gpt.cli import main
+from tests.trained import save_lively
 
 
 def commands(group=main, words=()):
@@ -36,6 +38,52 @@ def test_an_empty_path_is_refused_before_it_means_the_current_folder(niels, tmp_
     assert (result.exit_code, result.stdout) == (2, "")
     assert "the path is empty" in result.stderr
     assert [*tmp_path.iterdir()] == []
+
+
+MODELS = {  # commands that use a model, and what makes them short
+    "sample": ["--max-bytes", "1"],
+    "chat": ["--message", "Hi", "--max-bytes", "1"],
+    "evaluate": ["--text", "text.txt", "--full"],
+}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A checkpoint folder of this test."""
+    monkeypatch.setattr(paths, "CHECKPOINT_DIR", tmp_path / "checkpoints")
+    (tmp_path / "text.txt").write_text("a text")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", MODELS)
+@pytest.mark.parametrize("names", [["latest.pt"], ["best.pt", "latest.pt"], ["step_0000003.pt"]])
+def test_a_folder_or_nothing_is_the_best_of_a_run(niels, home, command, names):
+    for folder in ("checkpoints", "other"):
+        (home / folder).mkdir()
+        for name in names:
+            save_lively(home / folder / name)
+    for given, folder in ([], "checkpoints"), (["--ckpt", "other"], "other"):
+        result = niels(command, *given, *MODELS[command], "--device", "cpu")
+        assert result.exit_code == 0, result.output
+        assert f"{folder}/{names[0]}\n" in result.stderr
+    exact = niels(command, "--ckpt", f"other/{names[-1]}", *MODELS[command], "--device", "cpu")
+    assert "note: using" not in exact.stderr
+
+
+@pytest.mark.parametrize("command", [*MODELS, "inspect"])
+def test_a_folder_without_checkpoints_is_refused_with_what_to_do(niels, home, command):
+    absent = niels(command)
+    (home / "checkpoints").mkdir()
+    empty, named = niels(command), niels(command, "--ckpt", ".")
+    for result, what in (
+        (absent, "no such folder"),
+        (empty, "no checkpoints"),
+        (named, "no check"),
+    ):
+        assert (result.exit_code, result.stdout) == (2, "")
+        said = " ".join(result.stderr.split())
+        assert what in said
+        assert "niels-gpt train --config quick" in said
 
 
 @pytest.mark.parametrize(
