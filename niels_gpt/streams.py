@@ -56,6 +56,7 @@ class StreamBuildConfig:
     seed: int = 42
     delimiter: str = DIALOGUE_DELIM
     force_rebuild: bool = False
+    verify: bool = False  # hash every cached stream, also large ones that are as they were written
     allow_missing_sources: bool = False
     enabled_sources: tuple[str, ...] = ("wiki", "roam", "primer")
     required_sources: tuple[str, ...] = ("wiki", "roam", "primer")
@@ -377,40 +378,62 @@ def _make(
         {"source": source, "split": split, "origin": recipe.origin, **recipe.inputs}
         for split in SPLITS
     ]
-    streams = None if cfg.force_rebuild else _cached(folder, names, metas, messages)
+    streams = None if cfg.force_rebuild else _cached(folder, names, metas, messages, cfg)
     unread: Sequence[Remark] = ()
     if streams is None:
         made = Made(*recipe.build())
-        if not made.train:
+        if not any(cache.parts(made.train)):
             raise Unavailable(f"it has no text ({recipe.place or recipe.origin})")
         unread = made.unread
         messages += [f"{source}: {message}" for message in tell("left out", unread)]
         if made.files is not None:
             metas = [{**meta, "files": made.files} for meta in metas]
-        streams = [
-            cache.digest(data)._replace(report=report)
-            for data, report in zip((made.train, made.val), made.reports(), strict=True)
-        ]
-        if cfg.write_cache and not _is_spared(folder, names, recipe):
-            try:
-                cache.write_streams(folder, zip(names, metas, streams, strict=True))
-            except OSError as error:
-                messages.append(f"cache: {error}; the streams are rebuilt each time")
+        is_kept = cfg.write_cache and not _is_spared(folder, names, recipe)
+        streams = _write(folder, names, metas, made, messages) if is_kept else _hold(made)
     train_stream, val_stream = streams
     messages += [f"{source}: {message}" for message in _told(train_stream.report)]
     return _built(recipe, train_stream, unread), _built(recipe, val_stream, unread)
 
 
+def _write(
+    folder: Path, names: list[str], metas: list[dict[str, Any]], made: Made, messages: list[str]
+) -> list[cache.Stream]:
+    """Cache both streams if possible."""
+    texts = (made.train, made.val)
+    try:
+        items = zip(names, metas, texts, made.reports(), strict=True)
+        return cache.write_streams(folder, items) or _hold(made)
+    except OSError as error:
+        messages.append(f"cache: {error}; the streams are rebuilt each time")
+        return _hold(made)
+
+
+def _hold(made: Made) -> list[cache.Stream]:
+    texts = (made.train, made.val)
+    return [cache.hold(*pair) for pair in zip(texts, made.reports(), strict=True)]
+
+
 def _cached(
-    folder: Path, names: list[str], metas: list[dict[str, Any]], messages: list[str]
+    folder: Path,
+    names: list[str],
+    metas: list[dict[str, Any]],
+    messages: list[str],
+    cfg: StreamBuildConfig,
 ) -> list[cache.Stream] | None:
     try:
-        found = [cache.read_stream(folder, *pair) for pair in zip(names, metas, strict=True)]
+        found = [
+            cache.read_stream(folder, name, meta, verify=cfg.verify)
+            for name, meta in zip(names, metas, strict=True)
+        ]
     except cache.DamagedCacheError as damage:
         messages.append(f"cache: {damage}; rebuilding it")
         return None
     streams = [stream for stream in found if stream is not None]
-    return streams if len(streams) == len(found) else None
+    if len(streams) < len(found):
+        return None
+    if cfg.write_cache:
+        cache.keep_seals(folder, zip(names, streams, strict=True))
+    return streams
 
 
 def remarks(report: Mapping[str, Any], key: str) -> list[Remark]:

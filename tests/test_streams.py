@@ -22,6 +22,8 @@ from niels_gpt import paths, streams
 from niels_gpt.batching import get_batch, renormalise
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.data import DIALOGUE_DELIM, cache, primer, python_docs, roam, wiki
+from niels_gpt.files import mapped
+from niels_gpt.files.mapped import MappedBytes
 from niels_gpt.streams import (
     StreamBuildConfig,
     build_primer_stream,
@@ -685,6 +687,57 @@ def test_a_cached_stream_is_held_once_in_memory(home):
     finally:
         tracemalloc.stop()
     assert size == len(train["wiki"]) <= peak < 1.1 * size
+
+
+def test_large_streams_are_those_that_small_ones_are(home, monkeypatch):
+    expected = build_sources(config(home))
+    files = {name: path.read_bytes() for name, path in cache_files(home).items()}
+    monkeypatch.setattr(mapped, "MAPPED_FROM", 1)
+    for cfg in (config(home, force_rebuild=True), config(home), config(home, verify=True)):
+        built = build_sources(cfg)
+        assert built == expected
+        assert [s.messages for s in built] == [[], []]
+        assert list(map(describe_sources, built)) == list(map(describe_sources, expected))
+        assert all(type(stream) is MappedBytes for s in built for stream in s.values())
+    bins = [name for name in files if name.endswith(".bin")]
+    assert [cache_files(home)[name].read_bytes() for name in bins] == [files[n] for n in bins]
+    before = stamps(home)
+    assert build_sources(config(home, verify=True)) == expected
+    assert stamps(home) == before
+    assert build_sources(config(home, force_rebuild=True, write_cache=False)) == expected
+    assert stamps(home) == before
+
+
+def peak_of(work):
+    """Return the most memory that Python held while it worked."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_text_larger_than_memory_is_built_and_served(home, monkeypatch):
+    monkeypatch.setattr(mapped, "MAPPED_FROM", 1 << 20)
+    (home / "wiki/train.txt").write_bytes("größer\n".encode() * 4_000_000)
+    cfg = wiki_only(home, wiki_root=home / "wiki")
+    for how in (
+        cfg,
+        cfg,
+        replace(cfg, verify=True),
+        replace(cfg, cache_dir="x", write_cache=False),
+    ):
+        assert peak_of(lambda how=how: build_sources(how)) < 10_000_000
+
+
+def test_wikitext_is_not_joined_in_memory(home, monkeypatch):
+    monkeypatch.setattr(mapped, "MAPPED_FROM", 1 << 20)
+    lines = {"train": ["a line of text " * 40] * 50_000, "val": ["x" * 99]}
+    monkeypatch.setattr(streams, "load_wikitext", lambda: lines)
+    assert peak_of(lambda: build_sources(wiki_only(home))) < 10_000_000
+    train, _ = build_sources(wiki_only(home))
+    assert train["wiki"] == build_wiki_stream(lines["train"], sep="\n\n")
 
 
 def test_a_reader_between_the_two_files_of_a_writer_sees_no_damage(home, monkeypatch):

@@ -22,6 +22,7 @@ from niels_gpt.config import TrainConfig
 from niels_gpt.data.cache import digest
 from niels_gpt.data.text import not_utf8
 from niels_gpt.eval import batches_of
+from niels_gpt.files.mapped import open_bytes
 from niels_gpt.inference.load import load_model
 from niels_gpt.loss import forward, row_blocks, rows_per_block
 from niels_gpt.optim import optimizer_of
@@ -276,7 +277,7 @@ def open_file(path: Path, *, length: int = 1, records: SourceRecords | None = No
         OSError: if it cannot be read.
         ValueError: if it is empty, or shorter than `length` bytes.
     """
-    data = path.read_bytes()
+    data = open_bytes(path)
     if not data:
         raise ValueError(f"{path}: the file is empty")
     if len(data) < length:

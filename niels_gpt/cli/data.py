@@ -14,6 +14,7 @@ from niels_gpt.cli.shared.options import (
     Commands,
     json_option,
     mix_option,
+    refuse_without_effect,
     source_options,
 )
 from niels_gpt.cli.shared.output import console, exit_on_failure
@@ -69,17 +70,24 @@ def info(config: str | None, places: Places, as_json: bool) -> None:
 @_config_option
 @source_options
 @click.option("--rebuild", is_flag=True, help="Rebuild cached streams too.")
+@click.option("--verify", is_flag=True, help="Compare every byte in the cache with its digest.")
 @json_option()
 def build(
     config: str | None,
     places: Places,
     rebuild: bool,
+    verify: bool,
     as_json: bool,
 ) -> None:
     """Build the streams before a training run.
 
+    What in the cache does not match its digest is rebuilt, and that is said. Streams of 64 MiB and
+    more are compared only with --verify, or if their file is not as it was written.
+
     A source that you name must have text; the other sources are built if they exist.
     """
+    if rebuild:
+        refuse_without_effect("with --rebuild", "verify")
     with exit_on_failure(2):
         from niels_gpt.streams import build_sources
 
@@ -88,6 +96,7 @@ def build(
                 _where(config, places)[2],
                 required_sources=("wiki",) if "wiki" in places else (),  # as in a run
                 force_rebuild=rebuild,
+                verify=verify,
             )
         )
     console.tell(*train.messages, *train.left_out())

@@ -1,18 +1,23 @@
 """Streams cached on disk: the bytes in `{name}.bin`, their origin in `{name}.meta.json`.
 
 A meta file holds the inputs as the builder names them, and `length` and `sha256` of the bytes. A
-stream is served only for equal inputs, and only if its bytes match that length and digest. The meta
-file is removed before the bytes are replaced: a reader that finds others than it tells of sees that
-it is gone or has changed, and so does not take a writer for damage.
+stream is served only for equal inputs, and only if its bytes match that length and digest. To hash
+a large stream at each start would take longer than the start: once it was written or verified, its
+file is known by a `seal` of its size, times and inode.
+
+The meta file is removed before the bytes are replaced: a reader that finds others than it tells of
+sees that it is gone or has changed, and so does not take a writer for damage.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from niels_gpt.data.recipe import Joined, Text
 from niels_gpt.files.durable import (
     FolderInUseError,
     lock_folder,
@@ -20,6 +25,7 @@ from niels_gpt.files.durable import (
     remove_temporaries,
     write_durably,
 )
+from niels_gpt.files.mapped import MappedBytes, chunks, open_bytes
 
 
 class Stream(NamedTuple):
@@ -36,7 +42,21 @@ class DamagedCacheError(ValueError):
 
 def digest(data: bytes) -> Stream:
     """Hash a stream."""
-    return Stream(data, hashlib.sha256(data).hexdigest())
+    sha = hashlib.sha256()
+    for part in chunks(data):
+        sha.update(part)
+    return Stream(data, sha.hexdigest())
+
+
+def hold(text: Text, report: Mapping[str, Any]) -> Stream:
+    """Return a text as a stream without caching it."""
+    data = b"".join(text.parts()) if isinstance(text, Joined) else text
+    return digest(data)._replace(report=report)
+
+
+def parts(text: Text) -> Iterator[bytes]:
+    """Yield a text in parts that are small, or documents."""
+    return text.parts() if isinstance(text, Joined) else chunks(text)
 
 
 def read_meta(folder: Path, name: str) -> dict[str, Any]:
@@ -48,8 +68,13 @@ def read_meta(folder: Path, name: str) -> dict[str, Any]:
     return meta if isinstance(meta, dict) else {}
 
 
-def read_stream(folder: Path, name: str, inputs: dict[str, Any]) -> Stream | None:
+def read_stream(
+    folder: Path, name: str, inputs: dict[str, Any], *, verify: bool = False
+) -> Stream | None:
     """Return the cached stream made from `inputs`, or None if there is none.
+
+    A large stream is not hashed if its file is the one that was written or last verified, by the
+    `seal` in the meta file, unless this is to `verify`.
 
     Raises:
         DamagedCacheError: if its length or digest is wrong.
@@ -57,14 +82,17 @@ def read_stream(folder: Path, name: str, inputs: dict[str, Any]) -> Stream | Non
     before = read_meta(folder, name)
     meta = dict(before)
     length, sha256 = meta.pop("length", None), meta.pop("sha256", None)
-    report = meta.pop("report", {})
+    report, known = meta.pop("report", {}), meta.pop("seal", None)
     if meta != inputs:
         return None
     path = folder / f"{name}.bin"
     problem = "does not match the length and digest in its meta file"
     try:
-        stream = digest(path.read_bytes() if path.stat().st_size == length else b"")
-        if (len(stream.data), stream.sha256) == (length, sha256):
+        data = open_bytes(path) if path.stat().st_size == length else b""
+        stream = Stream(data, str(sha256))
+        if verify or known is None or known != seal(stream):
+            stream = digest(data)
+        if (len(data), stream.sha256) == (length, sha256):
             return stream._replace(report=report if isinstance(report, dict) else {})
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
@@ -73,8 +101,44 @@ def read_stream(folder: Path, name: str, inputs: dict[str, Any]) -> Stream | Non
     raise DamagedCacheError(f"{path} {problem}")
 
 
-def write_streams(folder: Path, items: Iterable[tuple[str, dict[str, Any], Stream]]) -> None:
-    """Cache each (name, inputs, stream) durably; do nothing if another process is writing.
+def seal(stream: Stream) -> str | None:
+    """Return what changes with the file or the digest of a large stream; None of bytes in memory.
+
+    Whoever writes to the file, restores or copies it changes its ctime or inode. A disk that loses
+    bits does not show.
+    """
+    if not isinstance(stream.data, MappedBytes):
+        return None
+    status = stream.data.status()
+    of = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, stream.sha256)
+    return hashlib.sha256(repr(of).encode()).hexdigest()
+
+
+def keep_seals(folder: Path, streams: Iterable[tuple[str, Stream]]) -> None:
+    """Note in the meta files that these streams were verified, where they do not say so yet.
+
+    Does nothing if another process is writing, or the folder cannot be written.
+    """
+    new = [
+        (name, {**meta, "seal": mark})
+        for name, stream in streams
+        if (mark := seal(stream))
+        and (meta := read_meta(folder, name)).get("sha256") == stream.sha256
+        and meta.get("seal") != mark
+    ]
+    with contextlib.suppress(OSError):
+        if new:
+            with lock_folder(folder):
+                for name, meta in new:
+                    _write_meta(folder, name, meta)
+
+
+def write_streams(
+    folder: Path, items: Iterable[tuple[str, dict[str, Any], Text, Mapping[str, Any]]]
+) -> list[Stream] | None:
+    """Cache each (name, inputs, text, report) durably; return the streams as they are served.
+
+    Returns None, and does nothing, if another process is writing.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -83,13 +147,30 @@ def write_streams(folder: Path, items: Iterable[tuple[str, dict[str, Any], Strea
     try:
         with lock_folder(folder):
             remove_temporaries(folder)
-            for name, inputs, stream in items:
-                meta = {**inputs, "length": len(stream.data), "sha256": stream.sha256}
-                if stream.report:
-                    meta["report"] = dict(stream.report)
-                path = folder / f"{name}.meta.json"
-                path.unlink(missing_ok=True)
-                write_durably([folder / f"{name}.bin"], stream.data)
-                write_durably([path], json.dumps(meta, indent=2, sort_keys=True).encode())
+            return [_write(folder, *item) for item in items]
     except FolderInUseError:
-        pass
+        return None
+
+
+def _write(
+    folder: Path, name: str, inputs: dict[str, Any], text: Text, report: Mapping[str, Any]
+) -> Stream:
+    path, sha = folder / f"{name}.bin", hashlib.sha256()
+
+    def hashed() -> Iterator[bytes]:
+        for part in parts(text):
+            sha.update(part)
+            yield part
+
+    (folder / f"{name}.meta.json").unlink(missing_ok=True)
+    write_durably([path], hashed())
+    stream = Stream(open_bytes(path), sha.hexdigest(), report)
+    meta = {**inputs, "length": len(stream.data), "sha256": stream.sha256}
+    extra = {"report": dict(report), "seal": seal(stream)}
+    _write_meta(folder, name, meta | {key: value for key, value in extra.items() if value})
+    return stream
+
+
+def _write_meta(folder: Path, name: str, meta: dict[str, Any]) -> None:
+    text = json.dumps(meta, indent=2, sort_keys=True)
+    write_durably([folder / f"{name}.meta.json"], text.encode())

@@ -1,7 +1,7 @@
 """Recipes, which readers of text return: they name their inputs and build two streams."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from niels_gpt.data.text import nfc
 Documents = dict[str, list[str]]  # split -> documents
 Stamp = dict[str, Any]  # of a file; see `stamp`
 
+DOCUMENTS = 1000  # joined at a time
 TOLD = 3  # files named in one message
 WITHOUT_MACHINE_LINES = " without machine lines"  # ends the origin of such a text
 
@@ -34,11 +35,28 @@ class Remark(NamedTuple):
     reason: str
 
 
+class Joined(NamedTuple):
+    """The text that `join_documents` returns, made in parts as it is written."""
+
+    docs: Sequence[str]
+    sep: str
+
+    def parts(self) -> Iterator[bytes]:
+        """Yield the bytes of some documents at a time, the first after a separator if need be."""
+        for start in range(0, len(self.docs), DOCUMENTS):
+            if start:
+                yield to_bytes(self.sep)
+            yield join_documents(self.docs[start : start + DOCUMENTS], sep=self.sep)
+
+
+Text = bytes | Joined
+
+
 class Made(NamedTuple):
     """The two streams of a source, and what reading it showed."""
 
-    train: bytes
-    val: bytes
+    train: Text
+    val: Text
     documents: tuple[int, int] | None = None  # their numbers in train and val
     altered: Sequence[Remark] = ()  # files that are not plain UTF-8
     messages: Sequence[str] = ()  # for the user
@@ -64,7 +82,7 @@ class Recipe(NamedTuple):
     origin: str  # e.g. "notes" or "WikiText-103"
     place: str  # the folder or file it is read from, "" if there is none
     inputs: dict[str, Any]  # JSON-like; with `origin`: equal inputs, equal streams
-    build: Callable[[], Made | tuple[bytes, bytes]]  # a plain tuple: train and val
+    build: Callable[[], Made | tuple[Text, Text]]  # a plain tuple: train and val
     messages: Sequence[str] = ()  # for the user
     remedy: str = ""  # what the user can do if it is unavailable
     spares: str = ""  # origin of a cached stream that this one must not replace

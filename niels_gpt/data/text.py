@@ -6,6 +6,8 @@ import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
+from niels_gpt.files.mapped import chunks
+
 LONGEST_WORD = 2000  # bytes of ASCII without a space; longer ones are not words, in any language
 _WORD_TOO_LONG = re.compile(rf"[!-~]{{{LONGEST_WORD + 1},}}")
 _BOMS = (  # in this order: the first UTF-32 begins like a UTF-16
@@ -15,7 +17,6 @@ _BOMS = (  # in this order: the first UTF-32 begins like a UTF-16
     (codecs.BOM_UTF16_LE, "UTF-16-LE"),
     (codecs.BOM_UTF16_BE, "UTF-16-BE"),
 )
-_CHUNK = 1 << 20
 VALID = 10
 
 
@@ -60,9 +61,12 @@ def not_utf8(data: bytes) -> str:
     if encoding != "UTF-8":
         return f"{encoding}, used as it is: save it as UTF-8"
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    starts = range(0, len(data) + 1, _CHUNK)  # in parts, because text may be as large as memory
-    parts = (decoder.decode(data[i : i + _CHUNK], i == starts[-1]) for i in starts)
-    lost = sum(part.count("\ufffd") for part in parts) - data.count("\ufffd".encode())
+    lost, end = 0, b""
+    for part in chunks(data):  # because text may be larger than memory
+        whole = end + part
+        lost += decoder.decode(part).count("\ufffd") - whole.count("\ufffd".encode())
+        end = whole[-2:]  # of a character that is cut here
+    lost += decoder.decode(b"", final=True).count("\ufffd")
     return f"not UTF-8: {lost:,} invalid characters, used as they are" if lost else ""
 
 
@@ -87,7 +91,7 @@ def nfc(path: str | Path) -> str:
 
 
 def _encoding(data: bytes) -> tuple[bytes, str]:
-    found = ((bom, encoding) for bom, encoding in _BOMS if data.startswith(bom))
+    found = ((bom, encoding) for bom, encoding in _BOMS if data[:4].startswith(bom))
     return next(found, (b"", "UTF-8"))
 
 

@@ -8,15 +8,16 @@ from niels_gpt import paths
 from niels_gpt.data.python_docs import load_python_docs, python_docs_digest, python_docs_origin
 from niels_gpt.data.recipe import (
     Documents,
+    Joined,
     Made,
     Reading,
     Recipe,
     Remark,
     Unavailable,
-    join_documents,
     stamps,
 )
 from niels_gpt.data.text import not_utf8
+from niels_gpt.files.mapped import open_bytes
 
 BUILDER = 3  # of a folder; counts changes of what is made of the same files
 FILE_NAMES = (("train.txt", "val.txt"), ("wiki.train.raw", "wiki.valid.raw"))
@@ -65,7 +66,7 @@ def _folder_recipe(folder: Path) -> Recipe:
         raise Unavailable(f"the folder {folder} must have {wanted}")
 
     def build() -> Made:
-        sides = train.read_bytes(), val.read_bytes()
+        sides = open_bytes(train), open_bytes(val)
         problems = zip((train, val), map(not_utf8, sides), strict=True)
         return Made(*sides, altered=[Remark(str(path), why) for path, why in problems if why])
 
@@ -79,8 +80,8 @@ def _folder_recipe(folder: Path) -> Recipe:
 
 
 def _docs_recipe(origin: str, sep: str, load: Callable[[], Documents]) -> Recipe:
-    def build() -> tuple[bytes, bytes]:
+    def build() -> tuple[Joined, Joined]:
         docs = load()
-        return join_documents(docs["train"], sep=sep), join_documents(docs["val"], sep=sep)
+        return Joined(docs["train"], sep), Joined(docs["val"], sep)
 
     return Recipe(origin, "", {"sep": sep}, build)

@@ -27,8 +27,10 @@ class FolderInUseError(OSError):
         self.holder = holder
 
 
-def write_durably(paths: Sequence[Path], data: bytes | memoryview) -> None:
+def write_durably(paths: Sequence[Path], data: bytes | memoryview | Iterable[bytes]) -> None:
     """Write `data` under each name in turn; each name is durable before the next is started.
+
+    An iterator of parts, which need not fit into memory, serves one name.
 
     A reader, or the next start after a kill or a power cut, finds under each name either the
     complete old or the complete new content. On an error, no temporary file is left, and the
@@ -141,13 +143,15 @@ def lock_folder(folder: Path) -> Iterator[None]:
             os.ftruncate(fd, 0)
 
 
-def _replace(path: Path, data: bytes | memoryview) -> None:
+def _replace(path: Path, data: bytes | memoryview | Iterable[bytes]) -> None:
+    parts = [data] if isinstance(data, bytes | bytearray | memoryview) else data
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with _named(path):
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             with _closing(fd):
-                _write_all(fd, data)
+                for part in parts:
+                    _write_all(fd, part)
                 _flush(fd)
             os.rename(temporary, path)
     except BaseException:

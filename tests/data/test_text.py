@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from niels_gpt.data.text import decode, machine_lines, nfc, not_utf8, without_machine_lines
+from niels_gpt.files import mapped
 
 written = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"))
 MARKS = {
@@ -93,3 +94,15 @@ def test_what_people_write_is_no_machine_line(line):
 def test_names_are_compared_in_one_form():
     assert nfc("u\u0308.md") == nfc("ü.md") == "ü.md"
     assert nfc("\udcff.md") == "\udcff.md"
+
+
+@given(
+    parts=st.lists(st.sampled_from([b"a", "\ufffd".encode(), b"\xff", b"\xe2\x82", "😀".encode()])),
+    size=st.integers(1, 5),
+)
+def test_what_is_not_utf8_is_counted_alike_in_parts_of_any_size(parts, size):
+    data = b"".join(parts)
+    whole = not_utf8(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mapped, "CHUNK", size)
+        assert not_utf8(data) == whole
