@@ -25,7 +25,7 @@ _STEP_FUNCTIONS = ("evaluate", "make_state", "train_step")
 @click.command(
     cls=ProcessCommand,
     context_settings={**HELP, "show_default": True},
-    epilog="Example: train --config configs/smoke.json --notes ~/notes --out checkpoints/first",
+    epilog="Example: train --config quick --text novel.txt --out checkpoints/first",
 )
 @click.option(
     "--config", type=CONFIG, required=True, metavar="FILE", help="JSON config, or a bare name."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,9 +58,9 @@ def main(
 ) -> None:
     """Measure how well a model predicts text.
 
-    Scores the validation text of each source in nats and bits per byte with the standard error. By
-    default it uses the random windows that the training run evaluated on. With --full every byte is
-    scored once, and the result depends only on text, model and stride.
+    Scores the validation text of each source (of a run without wiki, of its own) in nats and bits
+    per byte with the standard error: by default on the random windows that the run evaluated on;
+    with --full every byte once, so that it depends only on text, model and stride.
 
     --text FILE alone scores the whole file, byte for byte. With --source text it is the source
     `text` of a run, and its validation part is scored.
@@ -117,6 +118,9 @@ def _open_text(
     if file is not None:
         return open_file(file, length=length, records=records)
     where = as_recorded(locate(places), records)
+    own = (records or {}).get("val", {})
+    if own and "wiki" not in own:  # a run on one's own text alone
+        where = replace(where, enabled_sources=tuple(dict.fromkeys([*own, *places])))
     return open_validation(where, names, state.train_cfg.seed, length=length)
 
 

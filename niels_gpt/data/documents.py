@@ -40,7 +40,7 @@ def recipes(how: Reading) -> list[Recipe]:
     """Make each file a document, of a folder each one that holds text."""
     places = [Path(os.path.abspath(place)) for place in (how.place, *how.more) if str(place)]
     if not places:
-        raise Unavailable("no text was given")
+        raise Unavailable("no text was given with --text")
     left_out: list[Remark] = []
     files = {file.path: file for file in _find(places, left_out)}
     where, messages = ", ".join(map(str, places)), tell("left out", left_out)

@@ -91,7 +91,7 @@ def test_a_text_too_short_to_judge_by_is_told(train, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--mix", "text=1"], "no text was given; give --text FILE|DIR, or leave it out of --mix"),
+        (["--mix", "text=1"], "no text was given with --text; give --text FILE|DIR, or leave it"),
         (["--mix", "roam=1"], "does not exist; give --notes DIR, or leave it out of --mix"),
         (["--mix", "text=1,roam=1", "--text", "own.txt"], "source 'roam' cannot be built"),
     ],
@@ -160,6 +160,19 @@ def test_every_command_reads_the_text_of_such_a_run(train, niels, tmp_path):
     assert "own.txt: scored as a whole" in whole.stderr
     (scored,) = [line for line in whole.stdout.splitlines() if line.startswith("own.txt")]
     assert scored.split()[-1] == f"{(tmp_path / 'own.txt').stat().st_size:,}"
+
+
+def test_evaluate_scores_the_sources_of_a_run_without_wiki(train, niels, texts):
+    """No fallback text is built for it either."""
+    assert train("--text", "own.txt", "--notes", texts / "notes").exit_code == 0
+    model = ["evaluate", "--ckpt", "a", "--notes", texts / "notes"]
+    alone = niels(*model)
+    assert alone.exit_code == 0, alone.output
+    assert "text: left out (no text was given with --text)" in alone.stderr
+    rows = [line.split()[0] for line in alone.stdout.splitlines()[2:]]
+    assert rows == ["roam"]
+    named = niels(*model, "--text", "own.txt", "--source", "text")
+    assert [line.split()[0] for line in named.stdout.splitlines()[2:]] == ["text"]
 
 
 @pytest.mark.parametrize(
