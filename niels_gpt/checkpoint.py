@@ -28,12 +28,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from niels_gpt.config import ModelConfig, TrainConfig, config_from_dict, to_dict
+from niels_gpt.config import ModelConfig, Problems, TrainConfig, config_from_dict, to_dict
 from niels_gpt.eval import Scores
 from niels_gpt.files.names import checkpoint_files, step_of_name
 from niels_gpt.files.torchfile import CheckpointError, show
 from niels_gpt.model.gpt import GPT
-from niels_gpt.optim import OptState, from_entries, optimizer_of, to_entries
+from niels_gpt.optim import OptState, from_entries, optimizer_of, to_state_dict
 from niels_gpt.optim.trees import Tree, map_tensors
 from niels_gpt.schema import (
     MODEL_FIELDS,
@@ -343,16 +343,15 @@ def _hinting(path: Path) -> Iterator[None]:
 
 def _optimizer_state(state: TrainState) -> dict[str, Any]:
     """Return `to_modules(state)[1].state_dict()` without copying tensors."""
-    shapes, cfg = parameter_shapes(state.model_cfg), state.train_cfg
-    params = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    optimizer = optimizer_of(cfg).torch_optim(params, lr=cfg.base_lr, weight_decay=cfg.weight_decay)
-    groups = optimizer.state_dict()["param_groups"]
-    entries = to_entries(state.opt_state, shapes, state.step)
-    ids = {name: i for i, name in names_by_id(groups, [*shapes]).items()}
-    return {
-        "state": {ids[name]: entry for name, entry in entries.items()},
-        "param_groups": groups,
-    }
+    names, cfg = parameter_shapes(state.model_cfg), state.train_cfg
+    return to_state_dict(
+        optimizer_of(cfg),
+        state.opt_state,
+        names,
+        state.step,
+        lr=cfg.base_lr,
+        weight_decay=cfg.weight_decay,
+    )
 
 
 def _opt_state(
@@ -484,9 +483,9 @@ def validate_model_config_match(
     a, b = (c if isinstance(c, Mapping) else to_dict(c) for c in (loaded, current))
     missing = "(missing)"
     lines = [
-        f"  {name}: checkpoint {a.get(name, missing)!r}, config {b.get(name, missing)!r}"
+        f"{name}: checkpoint {a.get(name, missing)!r}, config {b.get(name, missing)!r}"
         for name in MODEL_FIELDS
         if a.get(name, missing) != b.get(name, missing)
     ]
     if lines:
-        raise ValueError("\n".join(["the checkpoint's model differs from the config:", *lines]))
+        raise Problems("the checkpoint's model differs from the config:", *lines)

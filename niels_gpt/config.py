@@ -27,6 +27,14 @@ MAX_CONFIG_BYTES = 1_000_000
 LARGEST_FLOAT = 1e30  # float32 holds it with room for one multiplication
 
 
+class Problems(ValueError):
+    """An error of several lines, kept apart because a file name in one may hold a newline."""
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n  ".join(lines))
+        self.lines = lines
+
+
 def default_p_train() -> dict[str, float]:
     """Return the share of each source in training: primer 2 %, the rest wiki:roam = 80:20."""
     return {"wiki": 0.784, "roam": 0.196, "primer": 0.020}
@@ -438,6 +446,7 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def _raise_problems(where: str, problems: list[str]) -> None:
+    if len(problems) == 1:
+        raise ValueError(f"{where}: {problems[0]}")
     if problems:
-        separator = "\n  " if len(problems) > 1 else " "
-        raise ValueError(f"{where}:" + separator + separator.join(problems))
+        raise Problems(f"{where}:", *problems)

@@ -298,7 +298,7 @@ def _model_config(model_cfg: Mapping[str, Any]) -> ModelConfig:
     try:
         return ModelConfig(**model_cfg)
     except ValueError as error:
-        raise CheckpointError(f"model_cfg: {error}") from None
+        raise CheckpointError(f"model_cfg: {error}".replace("\n ", "")) from None
 
 
 def _check_names(model_state: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:

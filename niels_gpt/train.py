@@ -16,14 +16,14 @@ from niels_gpt.cli.shared.options import (
     set_option,
     source_options,
 )
-from niels_gpt.cli.shared.output import EnduringConsole, ProcessCommand, process
+from niels_gpt.cli.shared.output import EnduringConsole, Script
 from niels_gpt.run.options import TrainOptions
 
 _STEP_FUNCTIONS = ("evaluate", "make_state", "train_step")
 
 
 @click.command(
-    cls=ProcessCommand,
+    cls=Script,
     context_settings={**HELP, "show_default": True},
     epilog="Example: train --config quick --text novel.txt --out checkpoints/first",
 )
@@ -60,10 +60,9 @@ def main(**given: Any) -> None:
         raise click.UsageError(
             "--resume continues a run, --from starts a new one from its weights: give one of them"
         )
-    with process():
-        from niels_gpt.run.launch import run_command
+    from niels_gpt.run.launch import run_command
 
-        raise SystemExit(run_command(options, EnduringConsole()))
+    raise SystemExit(run_command(options, EnduringConsole()))
 
 
 def __getattr__(name: str) -> Any:

@@ -270,3 +270,32 @@ def test_tensors_land_on_the_device_with_the_tie_kept(tmp_path):
 def test_parameter_shapes_are_those_of_the_model(cfg):
     expected = [(name, tuple(p.shape)) for name, p in GPT(cfg).named_parameters()]
     assert list(parameter_shapes(cfg).items()) == expected
+
+
+@given(states())
+def test_the_optimizer_state_is_that_of_the_torch_optim_object(tmp_path, state):
+    """Without making one; here one is made, and the files are compared byte for byte."""
+    ours = checkpoint_of(state)
+    theirs = to_modules(state)[1].state_dict()
+    assert ours.optimizer_state["param_groups"] == theirs["param_groups"]
+    for name, optimizer_state in (("ours", ours.optimizer_state), ("theirs", theirs)):
+        again = dataclasses.replace(ours, optimizer_state=optimizer_state)
+        write_checkpoint([tmp_path / name], again)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+SAVE = """
+import sys
+from niels_gpt import ModelConfig, TrainConfig, make_state
+from niels_gpt.checkpoint import checkpoint_of, write_checkpoint
+for optimizer in sys.argv[2:]:
+    state = make_state(ModelConfig(T=4, C=8, L=1, H=2, d_ff=8), TrainConfig(optimizer=optimizer))
+    write_checkpoint([sys.argv[1]], checkpoint_of(state._replace(step=1)))
+assert not {"torch._dynamo", "torch._inductor"} & set(sys.modules)
+"""
+
+
+def test_a_save_imports_no_compiler(tmp_path):
+    command = [sys.executable, "-c", SAVE, str(tmp_path / "a.pt"), *config.OPTIMIZERS]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

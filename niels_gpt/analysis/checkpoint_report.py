@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from niels_gpt.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from niels_gpt.config import dotted
 from niels_gpt.files.names import checkpoint_files
-from niels_gpt.files.torchfile import CheckpointError
+from niels_gpt.inference.export import read_export
 from niels_gpt.model.flops import parameter_count
 
 MISSING = "(absent)"
@@ -36,12 +36,12 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         "sources": found.sources or {},
         "environment": found.environment,
         "ancestors": found.ancestors,
-        "notes": found.messages,
+        "messages": found.messages,
     }
 
 
 class Verdict(NamedTuple):
-    """Whether a file is a good checkpoint."""
+    """Whether a file is a good checkpoint, or the model of a whole export."""
 
     path: Path
     problem: str | None  # None if it is good
@@ -50,10 +50,12 @@ class Verdict(NamedTuple):
 
 
 def verify(path: Path) -> Verdict:
-    """Read a whole file and verify it as `open_checkpoint` does."""
+    """Read a whole file and verify it as `open_checkpoint` does, an export by its SHA-256."""
     try:
+        if path.suffix == ".safetensors":
+            return Verdict(path, None, *read_export(path))
         found = read_checkpoint(path)
-    except (CheckpointError, OSError) as error:
+    except (ValueError, OSError) as error:
         return Verdict(path, str(error).removeprefix(f"{path}: "), None, None)
     return Verdict(path, None, found.step, found.digest)
 

@@ -34,7 +34,7 @@ class Source(NamedTuple):
     splits: dict[str, Split]
     left_out: list[Remark]
     altered: list[Remark]  # not plain UTF-8
-    notes: list[str]
+    messages: list[str]
 
 
 def survey(cfg: StreamBuildConfig) -> list[Source]:
@@ -69,7 +69,7 @@ def _look(name: str, cfg: StreamBuildConfig) -> Source:
         splits=splits,
         left_out=[*left_out, *unread, *streams.remarks(report, "skipped")],
         altered=streams.remarks(report, "altered"),
-        notes=train.messages + others,
+        messages=train.messages + others,
     )
 
 

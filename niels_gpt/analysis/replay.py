@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from niels_gpt.analysis.lineage import find_parent, is_parent, told_of
 from niels_gpt.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
-from niels_gpt.config import ModelConfig
+from niels_gpt.config import ModelConfig, Problems
 from niels_gpt.corpus import Corpus, advance, next_batch, open_corpus
 from niels_gpt.device import resolve_device
 from niels_gpt.files.names import BEST, LATEST, METRICS, checkpoint_files, periodic_files
@@ -91,7 +91,7 @@ class Verdict(NamedTuple):
     differs: int | None  # the first step known to differ
     saved: str  # the saved state compared last
     differences: list[Difference]  # from that state, in the order of the model
-    notes: list[str]
+    messages: list[str]
 
 
 def replay(
@@ -115,21 +115,21 @@ def replay(
     """
     saved, step = {**between, end.step: end.path}, step_of(end)
     known = _Known(state.step, state.step, None)
-    notes: list[str] = []
+    messages: list[str] = []
     while True:
         if path := saved.get(state.step):
             there, why = _witness(path, state, end)
             if there is None:
-                notes.append(f"{path.name} was skipped: {why}")
+                messages.append(f"{path.name} was skipped: {why}")
             elif found := differences(state, there):
                 differs = known.first_difference(state.step)
-                return Verdict(False, known.same, known.agreed, differs, path.name, found, notes)
+                return Verdict(False, known.same, known.agreed, differs, path.name, found, messages)
             else:
                 if known.doubt is not None:
-                    notes.append(f"{METRICS} does not match the run of {path.name}")
+                    messages.append(f"{METRICS} does not match the run of {path.name}")
                 known = _Known(state.step, state.step, None)
         if state.step == end.step:
-            return Verdict(True, known.same, known.agreed, None, end.path.name, [], notes)
+            return Verdict(True, known.same, known.agreed, None, end.path.name, [], messages)
         state, metrics = advance(state, corpus, step)
         on_step(state.step)
         if state.step in logged:
@@ -204,9 +204,9 @@ def replay_files(
     metrics = end.with_name(METRICS)
     logged = {r["step"]: r for r in read_metrics(metrics) if r["kind"] == "train"}
     corpus, messages = open_corpus_of(last, sources)
-    messages = [*begin, *messages, *damage_in(metrics)]
+    messages = [*begin, *messages, *use_threads_of(last), *damage_in(metrics)]
     verdict = replay(state, last, corpus, between, logged, on_step=on_step)
-    return verdict._replace(notes=messages + verdict.notes)
+    return verdict._replace(messages=messages + verdict.messages)
 
 
 def _state_in(start: Path, last: Checkpoint) -> tuple[TrainState, list[str]]:
@@ -243,23 +243,27 @@ def to_device(checkpoint: Checkpoint, device: str | None) -> Checkpoint:
 
 
 def open_corpus_of(checkpoint: Checkpoint, sources: StreamBuildConfig) -> tuple[Corpus, list[str]]:
-    """Open the text of a checkpoint, use its number of threads, and return messages too.
+    """Open the text of a checkpoint; return messages too.
 
     Raises:
         ValueError: if a stream differs from the checkpoint's digest.
     """
-    path, environment = checkpoint.path, checkpoint.environment
+    path = checkpoint.path
     corpus = open_corpus(*checkpoint.configs, as_recorded(sources, checkpoint.sources))
     if changes := data_changes(checkpoint.sources, corpus.record):
-        lines = "".join(f"\n  {line}" for line in changes)
-        raise ValueError(f"{path}: the text differs from the text it was trained on:{lines}")
+        raise Problems(f"{path}: the text differs from the text it was trained on:", *changes)
+    if checkpoint.sources is None:
+        return corpus, [*corpus.messages, f"{path.name} has no digests: the text is not verified"]
+    return corpus, [*corpus.messages]
+
+
+def use_threads_of(checkpoint: Checkpoint) -> list[str]:
+    """Use as many threads as the run did, and return what else differs from its environment."""
+    environment = checkpoint.environment
     torch.set_num_threads(environment.get("threads", torch.get_num_threads()))
     device = str(checkpoint.state.device)
     now = describe_environment(device, environment.get("compile", False))
-    messages = environment_changes(environment, now)
-    if checkpoint.sources is None:
-        messages.append(f"{path.name} has no digests: the text is not verified")
-    return corpus, [*corpus.messages, *messages]
+    return environment_changes(environment, now)
 
 
 # --- inside one step ---------------------------------------------------------------------------
@@ -359,6 +363,7 @@ def view_files(
         raise ValueError(f"--step {step}: the run of {run.path} has steps 1 to {total}")
     state, begin, told = _state_before(before, run)
     corpus, messages = open_corpus_of(run, sources)
+    messages += use_threads_of(run)
     update = step_of(run)
     while state.step < step - 1:
         state, _ = advance(state, corpus, update)

@@ -325,7 +325,7 @@ class Suggestion(NamedTuple):
     """The best of a sweep."""
 
     best: Cell
-    notes: list[str]
+    messages: list[str]
 
 
 def suggest(found: Sequence[Cell]) -> Suggestion | None:
@@ -333,7 +333,7 @@ def suggest(found: Sequence[Cell]) -> Suggestion | None:
     best = min(found, key=lambda cell: cell.mean)
     if math.isinf(best.mean):
         return None
-    notes = [
+    messages = [
         f"the best {what} lies at the {end} end of the grid: the optimum may lie beyond"
         for what, value, values in (
             ("lr", best.lr, [cell.lr for cell in found]),
@@ -343,12 +343,12 @@ def suggest(found: Sequence[Cell]) -> Suggestion | None:
         if value == at_end and len(set(values)) > 1
     ]
     if best.spread is not None:
-        notes += [
+        messages += [
             f"lr {c.lr:g} with weight decay {c.weight_decay:g} is as good within the seed spread"
             for c in found
             if c is not best and c.mean - best.mean <= max(best.spread, c.spread or 0.0)
         ]
-    return Suggestion(best, notes)
+    return Suggestion(best, messages)
 
 
 def draw(found: Sequence[Cell]) -> Figure:

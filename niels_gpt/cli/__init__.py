@@ -3,16 +3,15 @@
 import platform
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
 
 import click
 
 from niels_gpt import __version__
 from niels_gpt.cli.shared.options import HELP, Commands
-from niels_gpt.cli.shared.output import console, process
+from niels_gpt.cli.shared.output import Script, console
 
 
-class Modules(Commands):
+class Modules(Script, Commands):
     """A group whose commands are the modules of this folder, imported on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -25,16 +24,6 @@ class Modules(Commands):
             return None
         command: click.Command = import_module(f"{__name__}.{cmd_name}").main
         return command
-
-    def make_context(self, *args: Any, **more: Any) -> click.Context:
-        """Parse the command line, which prints the help, as a process."""
-        with process():
-            return super().make_context(*args, **more)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command as a process."""
-        with process():
-            return super().invoke(ctx)
 
 
 @click.group(

@@ -46,7 +46,8 @@ def info(path: Path, as_json: bool) -> None:
 def verify(paths: tuple[Path, ...], as_json: bool) -> None:
     """Verify every byte of checkpoints.
 
-    Takes files and folders of checkpoints. Exit code 0 if all are good, 1 if any is bad.
+    Takes files and folders of checkpoints, and exports. Exit code 0 if all are good, 1 if any is
+    bad.
     """
     with exit_on_failure(2):
         from niels_gpt.analysis import checkpoint_report
@@ -125,11 +126,12 @@ def _info_lines(found: dict[str, Any]) -> list[str]:
             for split, sources in found["sources"].items()
             for name, text in sources.items()
         ),
-        *(("note", note) for note in found["notes"]),
+        *(("note", message) for message in found["messages"]),
     ]
     return [
-        textwrap.fill(_cut(f"{name:<14}{fact}"), 100, subsequent_indent=" " * 14)
+        line
         for name, fact in facts
+        for line in textwrap.wrap(_cut(f"{name:<14}{fact}"), 100, subsequent_indent=" " * 14)
     ]
 
 

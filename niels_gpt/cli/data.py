@@ -145,8 +145,12 @@ def sample(
         rows = corpus.rows(step - 1)[:n]
     console.tell(*corpus.messages)
     lines = [
-        f"--- step {step}, row {row.row}: {row.source} from byte {row.start:,} ---\n{row.text}"
+        line
         for row in rows
+        for line in (
+            f"--- step {step}, row {row.row}: {row.source} from byte {row.start:,} ---",
+            *row.text.split("\n"),
+        )
     ]
     console.result(rows, lines, as_json=as_json)
 
@@ -196,7 +200,7 @@ def _source_lines(source: Source) -> list[str]:
         lines.append(
             f"  {split:<6}{documents}{s.nbytes:,} bytes, sha256 {s.sha256[:12]}, {s.cache}"
         )
-    lines += [f"  note: {note}" for note in source.notes]
+    lines += [f"  note: {message}" for message in source.messages]
     lines += _listed("left out", source.left_out) + _listed("altered", source.altered)
     return lines
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from niels_gpt.streams import StreamBuildConfig
 
 PARTS = ("noise", "sharpness", "documents")
+MOST_BATCHES = 1_000  # all are held in memory
+MOST_ITERATIONS = 200  # so is a vector of all parameters for each
 CONCERNS = {  # the parts that an option concerns
     "batches": {"noise", "documents"},
     "iterations": {"sharpness"},
@@ -38,10 +40,9 @@ CONCERNS = {  # the parts that an option concerns
 }
 
 
-def _count(name: str, default: int, text: str | None = None) -> Option:
-    return click.option(
-        name, type=click.IntRange(1), default=default, show_default=True, metavar="N", help=text
-    )
+def _count(name: str, default: int, text: str | None = None, most: int | None = None) -> Option:
+    kind = click.IntRange(1, most)
+    return click.option(name, type=kind, default=default, show_default=True, metavar="N", help=text)
 
 
 @click.command(
@@ -51,8 +52,8 @@ def _count(name: str, default: int, text: str | None = None) -> Option:
 @ckpt_option
 @click.option("--only", type=click.Choice(PARTS), multiple=True, help="Only this part.")
 @source_options
-@_count("--batches", 4)
-@_count("--iterations", 20, "Maximum Hessian products per sharpness.")
+@_count("--batches", 4, most=MOST_BATCHES)
+@_count("--iterations", 20, "Maximum Hessian products per sharpness.", most=MOST_ITERATIONS)
 @_count("--windows", 2, "Maximum pieces scored per note.")
 @_count("--top", 10)
 @device_option("cpu")

@@ -7,7 +7,7 @@ import click
 from niels_gpt import paths
 from niels_gpt.analysis import plot
 from niels_gpt.cli.shared.options import HELP, PATH, json_option, refuse_without_effect
-from niels_gpt.cli.shared.output import console, exit_on_failure, to_json
+from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.run.metrics import damage_in
 
 
@@ -52,7 +52,7 @@ def main(
         labels = plot.distinct_labels([run.label for run in found])
         found = [run._replace(label=label) for run, label in zip(found, labels, strict=True)]
         if as_json:
-            console.say(to_json(found))
+            console.result(found, (), as_json=True)
         elif as_table or not plot.have_matplotlib():
             console.say(*plot.table(found, x))
             if not as_table:

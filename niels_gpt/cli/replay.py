@@ -64,13 +64,13 @@ def main(
         sources = locate(places)
         if end is not None:
             verdict = replay_files(start, end, sources, device, _show_step)
-            console.tell(*verdict.notes)
+            console.tell(*verdict.messages)
             console.result(verdict, _verdict_lines(verdict), as_json=as_json)
             sys.exit(0 if verdict.identical else 1)
         assert step is not None
         folder = start or paths.CHECKPOINT_DIR
-        view, begin, notes = view_files(folder, step, sources, device, _show_step)
-        console.tell(*notes, f"step {step} was reached from {begin}")
+        view, begin, messages = view_files(folder, step, sources, device, _show_step)
+        console.tell(*messages, f"step {step} was reached from {begin}")
         console.result(view, _view_lines(view), as_json=as_json)
 
 
@@ -123,7 +123,7 @@ def _view_lines(view: StepView) -> list[str]:
         ),
         "",
         "the row with the highest loss:",
-        worst.text,
+        *worst.text.split("\n"),
         "",
         "largest gradient norms (before clipping)",
         *(f"  {name:<36} {value:10.4g}" for name, value in by_norm[:SHOWN]),

@@ -12,7 +12,7 @@ import click
 
 from niels_gpt.cli.shared.generation import Generation, generation_options
 from niels_gpt.cli.shared.options import HELP, json_option
-from niels_gpt.cli.shared.output import console, exit_on_failure, to_json
+from niels_gpt.cli.shared.output import console, exit_on_failure
 
 if TYPE_CHECKING:
     from niels_gpt.checkpoint import Checkpoint
@@ -54,14 +54,14 @@ def main(prompt: str, n: int, as_json: bool, generation: Generation) -> None:
         began = time.perf_counter()
         texts = _texts(generation, trained, sampling, start, n)
         if as_json:
-            console.say(to_json(_value(generation, trained, start, texts)))
+            console.result(_value(generation, trained, start, texts), (), as_json=True)
         elif n == 1:
             for piece in _pieces(generation, trained, sampling, start):
                 console.write(piece)
             console.say("")
         else:
             for i, text in enumerate(texts):
-                console.say(f"--- sample {i} ---", _decode(start + text))
+                console.write(f"--- sample {i} ---\n{_decode(start + text)}\n")
         seconds = time.perf_counter() - began
     nbytes = n * generation.max_bytes
     rate = nbytes / max(seconds, 1e-9)

@@ -94,10 +94,8 @@ def main(
     _refuse_without_effect(dry_run, solo)
     with exit_on_failure(2):
         from niels_gpt.analysis import plot, sweep
-        from niels_gpt.device import limit_threads
 
         plot.check_pictures(picture)
-        limit_threads()
         model_cfg, cfg, start = _begin(config, overrides, parent, device)
         every_seed = range(cfg.seed, cfg.seed + seeds)
         cfgs = sweep.grid(cfg, lrs, decays or [cfg.weight_decay], every_seed)
@@ -221,7 +219,7 @@ def _lines(cells: Sequence[Cell], best: Suggestion | None) -> list[str]:
     return [
         *lines,
         f"suggested: lr {chosen.lr:g}, weight decay {chosen.weight_decay:g}",
-        *(f"note: {note}" for note in best.notes),
+        *(f"note: {message}" for message in best.messages),
     ]
 
 

@@ -5,6 +5,7 @@ because the package `safetensors` needs NumPy to write torch tensors.
 """
 
 import ctypes
+import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -16,10 +17,16 @@ from torch import Tensor
 
 from niels_gpt.checkpoint import Checkpoint, open_checkpoint
 from niels_gpt.files.durable import make_folder, write_durably
+from niels_gpt.files.strict_json import load_json
+
+MAX_CONFIG_BYTES = 32_000_000  # a checkpoint may hold a train_cfg of half of that
 
 
 def export(checkpoint: Path, out: Path, *, overwrite: bool = False) -> tuple[Path, Path]:
     """Write the model of a checkpoint to `out` and a `.json` of the same name; return both paths.
+
+    The `.json` is written last, and an old one removed first: wherever this is interrupted, none
+    lies beside the model of another export.
 
     Raises:
         ValueError: if the checkpoint is invalid, or `out` does not end in `.safetensors`.
@@ -33,9 +40,36 @@ def export(checkpoint: Path, out: Path, *, overwrite: bool = False) -> tuple[Pat
         raise FileExistsError(f"{there[0]}: exists already; --force replaces it")
     found = open_checkpoint(checkpoint)
     make_folder(out.absolute().parent)
-    write_durably([out], to_safetensors(found.params))
-    write_durably([config], (json.dumps(export_config(found), indent=2) + "\n").encode())
+    model, new = to_safetensors(found.params), out.with_name(f".{out.name}.new")
+    description = {**export_config(found), "sha256": hashlib.sha256(model).hexdigest()}
+    try:
+        write_durably([new], model)
+        config.unlink(missing_ok=True)
+        new.rename(out)
+    finally:
+        new.unlink(missing_ok=True)
+    write_durably([config], (json.dumps(description, indent=2) + "\n").encode())
     return out, config
+
+
+def read_export(out: Path) -> tuple[int, str]:
+    """Check that a model and the `.json` beside it belong together; return step and SHA-256.
+
+    Raises:
+        ValueError, OSError: if they do not, or cannot be read.
+    """
+    config = out.with_suffix(".json")
+    if not out.is_file():
+        raise ValueError("no such file" if not out.exists() else "is not a regular file")
+    if not config.is_file():
+        raise ValueError(f"{config.name} is missing: the export was not finished")
+    with out.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    description = load_json(config, max_bytes=MAX_CONFIG_BYTES)
+    found = description if isinstance(description, dict) else {}
+    if found.get("sha256") != digest or type(found.get("step")) is not int:
+        raise ValueError(f"{config.name} does not describe this model: export again")
+    return found["step"], digest
 
 
 def export_config(checkpoint: Checkpoint) -> dict[str, Any]:

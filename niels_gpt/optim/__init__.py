@@ -1,7 +1,7 @@
 """Optimizers as values: pure functions on trees, as in optax.
 
 All use plain tensor operations: fused and foreach kernels cannot be vmapped. To add an optimizer,
-write a module with `init`, `update` and `torch_optim` as in `adamw`, and name it in
+write a module with `init`, `update`, `torch_optim` and `group` as in `adamw`, and name it in
 `config.OPTIMIZERS`.
 """
 
@@ -21,24 +21,25 @@ from niels_gpt.optim.trees import Tree
 OptState = Any  # a NamedTuple of trees that only the optimizer reads; each optimizer has its own
 
 
-def _no_torch_optim(*_: object, **__: object) -> torch.optim.Optimizer:
+def _no_torch_optim(*_: object, **__: object) -> Any:
     raise TypeError("this optimizer has no equivalent in torch.optim")
 
 
 class Optimizer(NamedTuple):
     """An update rule as pure functions, and its equivalent in torch.optim.
 
-    `update` has the signature of `adamw.update`, `torch_optim` that of `adamw.torch_optim`; without
-    the latter, a state cannot become modules or a file.
+    `update`, `torch_optim` and `group` have the signatures of those in `adamw`; without the last
+    two, a state cannot become modules or a file.
     """
 
     init: Callable[[Tree], OptState]
     update: Callable[..., tuple[Tree, OptState]]
     torch_optim: Callable[..., torch.optim.Optimizer] = _no_torch_optim
+    group: Callable[..., dict[str, Any]] = _no_torch_optim
 
 
 def _optimizer_in(module: Any) -> Optimizer:
-    return Optimizer(module.init, module.update, module.torch_optim)
+    return Optimizer(module.init, module.update, module.torch_optim, module.group)
 
 
 OPTIMIZERS = {name: _optimizer_in(import_module(f"{__name__}.{name}")) for name in NAMES}
@@ -79,6 +80,28 @@ def update(
 
 
 # --- the format of torch.optim: parameter -> {"step": ..., field: tensor} ------------------------
+
+
+def to_state_dict(
+    optimizer: Optimizer,
+    opt_state: OptState,
+    names: Iterable[str],
+    step: int,
+    *,
+    lr: float,
+    weight_decay: float,
+) -> dict[str, Any]:
+    """Return the state_dict that its `torch_optim` over these parameters would have.
+
+    To make one imports torch's compiler, which takes seconds and needs a writable temporary folder.
+    """
+    numbers = {name: i for i, name in enumerate(names)}
+    entries = to_entries(opt_state, numbers, step)
+    group = optimizer.group([*numbers], lr=lr, weight_decay=weight_decay)
+    return {
+        "state": {numbers[name]: entry for name, entry in entries.items()},
+        "param_groups": [{**group, "params": [*numbers.values()]}],
+    }
 
 
 def to_entries(opt_state: OptState, names: Iterable[str], step: int) -> dict[str, dict[str, Any]]:

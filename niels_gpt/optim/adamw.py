@@ -3,8 +3,8 @@
 The decay is decoupled, scaled by lr, and acts on every parameter.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +58,19 @@ def torch_optim(
     return torch.optim.AdamW(
         params.values(), lr=lr, betas=BETAS, eps=EPS, weight_decay=weight_decay
     )
+
+
+def group(names: Sequence[str], *, lr: float, weight_decay: float) -> dict[str, Any]:
+    """Return the options of the parameter group in a state_dict of `torch_optim`."""
+    anything = [torch.empty(0)]
+    return _Options(anything, lr=lr, betas=BETAS, eps=EPS, weight_decay=weight_decay).defaults
+
+
+class _Options(torch.optim.AdamW):
+    """An AdamW without parameters: adding them is what imports torch's compiler."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        pass
 
 
 def preconditioner(opt_state: object, count: int) -> Tree | None:

@@ -9,8 +9,8 @@ Shapes: K matrices of n rows and m columns, n <= m.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -168,3 +168,8 @@ def _state_in(entries: Mapping[str, Mapping[str, Tensor]], initial: MuonState) -
 
 
 torch_optim = Muon
+
+
+def group(names: Sequence[str], *, lr: float, weight_decay: float) -> dict[str, Any]:
+    """Return the options of the parameter group in a state_dict of `torch_optim`."""
+    return {"lr": lr, "weight_decay": weight_decay, "param_names": [*names]}

@@ -29,7 +29,7 @@ TIMED_STEPS = 2
 def estimate(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     """Return the sources and the cost of the run, as a value and as lines of text."""
     cost = costs(plan)
-    value = {"notes": plan.messages, "sources": plan.corpus.record, **cost}
+    value = {"messages": plan.messages, "sources": plan.corpus.record, **cost}
     return value, [*_source_lines(plan), *_cost_lines(cost)]
 
 

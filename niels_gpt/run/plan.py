@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from niels_gpt.checkpoint import Ancestor, Checkpoint, SourceRecords
-from niels_gpt.config import ModelConfig, TrainConfig
+from niels_gpt.config import ModelConfig, Problems, TrainConfig
 from niels_gpt.corpus import Corpus, open_corpus
 from niels_gpt.device import resolve_device
 from niels_gpt.eval import Scores
@@ -205,10 +205,10 @@ def _stream_line(info: Mapping[str, Any] | None) -> str:
 
 def _refuse_unless(allowed: bool, path: Path, changes: list[str]) -> None:
     if not allowed:
-        lines = "".join(f"\n  {line}" for line in changes)
-        raise ValueError(
-            f"{path}: the text differs from the text of this run:{lines}\n"
-            "give the same text, or use --allow-data-change to continue with the new text"
+        raise Problems(
+            f"{path}: the text differs from the text of this run:",
+            *changes,
+            "give the same text, or use --allow-data-change to continue with the new text",
         )
 
 

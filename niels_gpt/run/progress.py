@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 import time
 from collections.abc import Iterable, Mapping
 from typing import Protocol
@@ -117,7 +116,7 @@ class Reporter:
 
     def on_text(self, step: int, text: str) -> None:
         """Print what the model writes; its time does not count towards the speed."""
-        self._console.say(f"what the model writes after step {step}:", "", _indented(text), "")
+        self._console.say(f"what the model writes after step {step}:", "", *_indented(text), "")
         self._last_time, self._last_step = time.monotonic(), step
 
     def closing(self, state: TrainState, scores: Scores, others: Mapping[str, float]) -> None:
@@ -153,8 +152,8 @@ class Reporter:
             self._console.warn(f"{self._metrics.path}: {error.strerror}; will retry")
 
 
-def _indented(text: str) -> str:
-    return textwrap.indent(text, "    ", lambda line: True)
+def _indented(text: str) -> list[str]:
+    return [f"    {line}" for line in text.splitlines()]
 
 
 def _duration(seconds: float) -> str:

@@ -164,18 +164,18 @@ def test_the_lowest_mean_is_suggested_and_the_edge_is_noted():
     inside = sweep.suggest([cell(1, 2.0), cell(2, 1.0), cell(3, 3.0)])
     assert inside == sweep.Suggestion(cell(2, 1.0), [])
     upper = sweep.suggest([cell(1, 2.0), cell(2, 1.0)])
-    assert "best lr lies at the upper end" in upper.notes[0]
+    assert "best lr lies at the upper end" in upper.messages[0]
     lower = sweep.suggest([cell(1, 0.5), cell(2, 1.0), cell(3, math.inf)])
-    assert "best lr lies at the lower end" in lower.notes[0]
-    assert sweep.suggest([cell(1, 1.0)]).notes == []
+    assert "best lr lies at the lower end" in lower.messages[0]
+    assert sweep.suggest([cell(1, 1.0)]).messages == []
     decay = sweep.suggest([cell(1, 1.0, decay=0.1), cell(1, 2.0, decay=0.2)])
-    assert "best weight decay lies at the lower end" in decay.notes[0]
+    assert "best weight decay lies at the lower end" in decay.messages[0]
     assert sweep.suggest([cell(1, math.inf)]) is None
 
 
 def test_what_the_seeds_cannot_tell_apart_is_said():
     close = sweep.suggest([cell(1, 1.2, 0.3), cell(2, 1.0, 0.1), cell(3, 2.0, 0.1)])
-    assert close.notes == ["lr 1 with weight decay 0.1 is as good within the seed spread"]
+    assert close.messages == ["lr 1 with weight decay 0.1 is as good within the seed spread"]
 
 
 # --- the command -------------------------------------------------------------------------------

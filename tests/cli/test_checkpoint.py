@@ -6,6 +6,8 @@ import importlib.util
 import json
 import math
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -248,6 +250,71 @@ def test_export_replaces_nothing_unless_told(niels, checkpoint, tmp_path):
     assert (tmp_path / "m.json").read_text() != "mine"
     other = niels("checkpoint", "export", checkpoint, "model.bin")
     assert (other.exit_code, "must end in .safetensors" in other.stderr) == (2, True)
+
+
+def test_verify_tells_whether_an_export_belongs_together(niels, checkpoint, tmp_path):
+    model, config = tmp_path / "m.safetensors", tmp_path / "m.json"
+    niels("checkpoint", "export", checkpoint, model)
+    good = niels("checkpoint", "verify", model)
+    assert (good.exit_code, good.stdout.split(":")[0]) == (0, f"good  {model}")
+    text = config.read_text()
+    for damaged, why in {
+        text.replace('"step": ', '"step": "'): "m.json",
+        text.replace('"sha256": "', '"sha256": "0'): "m.json does not describe this model",
+        text.replace('"sha256"', '"other"'): "m.json does not describe this model",
+        text.replace('"step"', '"other"'): "m.json does not describe this model",
+        "[]": "m.json does not describe this model",
+        None: "m.json is missing: the export was not finished",
+    }.items():
+        config.unlink()
+        if damaged is not None:
+            config.write_text(damaged)
+        bad = niels("checkpoint", "verify", model)
+        assert bad.exit_code == 1
+        assert bad.stdout.startswith(f"BAD   {model}: ")
+        assert why in bad.stdout
+    assert niels("checkpoint", "verify", "absent.safetensors").exit_code == 2
+
+
+KILLED_EXPORTS = """
+import os, sys
+from pathlib import Path
+from niels_gpt.inference.export import export, read_export
+
+other, new = map(Path, sys.argv[1:])
+out = Path("out/m.safetensors")
+left = iter(())
+
+def kill(event, args):
+    writes = event in ("os.rename", "os.remove") or event == "open" and args[2] & os.O_CREAT
+    if writes and next(left, None) is None:
+        os._exit(9)
+
+sys.addaudithook(lambda *seen: kill(*seen) if os.getpid() != parent else None)
+parent, code, calls = os.getpid(), 9, 0
+while code == 9:
+    export(other, out, overwrite=True)
+    before = out.read_bytes()
+    if (pid := os.fork()) == 0:
+        left = iter(range(calls))
+        export(new, out, overwrite=True)
+        os._exit(0)
+    code, calls = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), calls + 1
+    if out.with_suffix(".json").exists():
+        step, _ = read_export(out)
+        assert step == (5 if out.read_bytes() == before else 0), calls
+assert code == 0
+print(calls)
+"""
+
+
+def test_an_export_killed_at_any_call_leaves_no_pair_that_does_not_match(checkpoint, tmp_path):
+    write_checkpoint([tmp_path / "other.pt"], checkpoint_of(lively_state(seed=1)._replace(step=5)))
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", KILLED_EXPORTS, "other.pt", checkpoint]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) >= 7
 
 
 def test_the_example_computes_the_same_logits(niels, checkpoint, tmp_path):

@@ -165,7 +165,7 @@ def test_info_fetches_nothing(niels, root, monkeypatch):
     )
     found = info(niels)
     assert found["wiki"]["origin"].endswith("documentation")
-    assert "niels-gpt data fetch" in found["wiki"]["notes"][0]
+    assert "niels-gpt data fetch" in found["wiki"]["messages"][0]
 
 
 # --- build and fetch ---------------------------------------------------------------------------

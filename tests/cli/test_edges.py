@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from niels_gpt.cli import main
+from niels_gpt.config import OPTIMIZERS
 from tests.trained import save_lively
 
 NO_TEMPORARY_FOLDER = """
@@ -168,8 +172,13 @@ def audited():
 
 @pytest.fixture
 def ctrl_c(audited):
-    """Return the list for the function that says when; a test that fails leaves none in it."""
+    """Return the list for the function that says when; a test that fails leaves none in it.
+
+    A run that was stopped before, in this process, ignores further signals for a while.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield audited
+    signal.signal(signal.SIGINT, before)
     audited.clear()
 
 
@@ -220,6 +229,62 @@ def test_ctrl_c_leaves_nothing_half_written(
     assert (place / old).read_text() == "the old one"
 
 
+# --- names that begin a line of their own --------------------------------------------------------
+
+EVIL = "a\ngood  fake\x1b[2J\r\u2028note: fake"  # as a name of a file or folder
+
+
+@pytest.mark.parametrize("line", INVOCATIONS)
+def test_no_name_fakes_a_line(niels, place, tmp_path, monkeypatch, line):
+    """Each path of a command in turn: absent, and then a copy of what it should be."""
+    monkeypatch.chdir(place)
+    words = line.split()
+    for i, word in enumerate(words):
+        if not re.search(r"[/.]|^run$|^again$", word):
+            continue
+        for number, there in enumerate((False, True)):
+            path = tmp_path / f"{i} {number} {EVIL}{Path(word).suffix}"
+            if there and Path(word).is_dir():
+                shutil.copytree(word, path)
+            elif there and Path(word).exists():
+                shutil.copy(word, path)
+            seen = niels(*words[:i], path, *words[i + 1 :]).output
+            assert "fake" in seen or there, (word, seen)
+            lines = [piece for text in seen.splitlines() for piece in re.split("[\r\u2028]", text)]
+            assert not [text for text in lines if re.match("(good  |note: )?fake", text)], seen
+
+
+def test_no_note_fakes_a_line(niels, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    notes = tmp_path / f"notes {EVIL}"
+    shutil.copytree("texts/notes", notes)
+    (notes / f"{EVIL}.md").symlink_to("nowhere")
+    (notes / f"b{EVIL}.md").write_bytes(b"not \xff UTF-8")
+    for command in ("data info", "data build", f"train --device cpu --out {tmp_path}/evil"):
+        where = ["--config", "config.json", "--wiki", "texts/wiki", "--roam", notes]
+        result = niels(*command.split(), *where)
+        assert result.exit_code == 0, result.output
+        assert "fake" in result.output
+        assert not re.search("(?m)^(good  |note: )?fake", result.output.replace("\u2028", "\n"))
+
+
+# --- the processors of a container ---------------------------------------------------------------
+
+COMPUTING = [f"{name} {CHEAP[name][0]}" for name in ("evaluate", "inspect", "sweep", "train")]
+
+
+@pytest.mark.parametrize("line", COMPUTING)
+def test_a_command_that_computes_has_no_more_threads_than_processors(
+    niels, place, monkeypatch, line
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("niels_gpt.device.available_processors", lambda: 1)
+    torch.set_num_threads(2)
+    monkeypatch.chdir(place)
+    assert niels(*line.split()).exit_code == 0
+    assert torch.get_num_threads() == 1
+
+
 # --- no temporary folder -----------------------------------------------------------------------
 
 
@@ -244,11 +309,23 @@ def ckpt(tmp_path_factory):
 )
 def test_using_a_model_needs_no_temporary_folder_and_no_compiler(ckpt, words):
     (ckpt.parent / "text.txt").write_text("A short text of a few words. " * 9)
+    assert "imported" not in without_temporary_folder(words, ckpt.parent)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_needs_no_temporary_folder(place, optimizer):
+    """Torch's gradients do import the compiler; that alone needs none."""
+    words = f"train --config config.json {PLACES} --device cpu --set train.optimizer={optimizer}"
+    without_temporary_folder(f"{words} --out out/{optimizer}", place)
+    assert (place / "out" / optimizer / "best.pt").exists()
+
+
+def without_temporary_folder(words, folder):
     result = subprocess.run(
         [sys.executable, "-c", NO_TEMPORARY_FOLDER, *words.split()],
-        cwd=ckpt.parent,
+        cwd=folder,
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "imported" not in result.stderr
+    return result.stderr

@@ -123,3 +123,10 @@ def test_the_suggested_batch_has_a_row_and_products_too_few_are_said(inspect):
     assert "B = 1:" in lines[-1]
     result = inspect("--only", "sharpness", "--iterations", 1)
     assert "not converged: it may be larger" in result.stdout
+
+
+@pytest.mark.parametrize(("option", "most"), [("--batches", 1000), ("--iterations", 200)])
+def test_work_without_an_end_is_refused_with_the_bound(inspect, option, most):
+    result = inspect(option, 10**9)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"'{option}': {10**9} is not in the range 1<=x<={most}" in result.stderr

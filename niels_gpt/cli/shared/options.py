@@ -98,16 +98,20 @@ def set_option(command: Command) -> Command:
 
 
 def device_option(default: str | None = None, *, of_run: bool = False) -> Option:
-    """Return a decorator that adds --device; the command gets an available device.
+    """Return a decorator that adds --device to a command that computes.
 
-    With `of_run` the default is None, for the device of the run that the command is about.
+    The command gets an available device, and no more threads than there are processors. With
+    `of_run` the default is None, for the device of the run that the command is about.
     """
 
     def resolve(ctx: click.Context, param: click.Parameter, name: str | None) -> str | None:
+        if ctx.resilient_parsing:  # for completion
+            return name
+        from niels_gpt.device import limit_threads, resolve_device
+
+        limit_threads()
         if of_run and name is None:
             return None
-        from niels_gpt.device import resolve_device
-
         try:
             return resolve_device(name)
         except ValueError as error:

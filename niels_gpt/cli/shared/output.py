@@ -14,10 +14,14 @@ from typing import Any, TextIO
 
 import click
 
+from niels_gpt.config import Problems
+
 USER_ERRORS = (ValueError, OSError, RuntimeError)
 
-# Control characters that a terminal would obey (cursor, bell, title) are shown as U+FFFD.
+# Control characters that a terminal would obey (cursor, bell, title) are shown as U+FFFD; in a
+# line, so is what would begin another one.
 _CONTROLS = dict.fromkeys([*range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0)], "\ufffd")
+_IN_A_LINE = {**_CONTROLS, **dict.fromkeys([0x0A, 0x2028, 0x2029], "\ufffd")}
 
 
 class Console:
@@ -45,13 +49,13 @@ class Console:
             self._lose_stdout(error)
 
     def say(self, *lines: str) -> None:
-        """Print lines on stdout."""
-        self.write("".join(f"{line}\n" for line in lines))
+        """Print lines on stdout; a file name with a newline in it begins no other line."""
+        self.write("".join(f"{line.translate(_IN_A_LINE)}\n" for line in lines))
 
-    def warn(self, line: str) -> None:
-        """Print a line on stderr."""
+    def warn(self, *lines: str) -> None:
+        """Print lines on stderr, as `say`."""
         self._clear()
-        _write(line + "\n", sys.stderr)
+        _write("".join(f"{line.translate(_IN_A_LINE)}\n" for line in lines), sys.stderr)
 
     def tell(self, *messages: str) -> None:
         """Print messages for the user on stderr."""
@@ -60,7 +64,8 @@ class Console:
 
     def fail(self, error: BaseException | str, hint: str = "") -> None:
         """Print an error on stderr."""
-        self.warn(f"error: {describe(error)}" + f"; {hint}" * bool(hint))
+        first, *others = error.lines if isinstance(error, Problems) else [describe(error)]
+        self.warn(f"error: {first}" + f"; {hint}" * bool(hint), *(f"  {line}" for line in others))
 
     def show(self, line: str) -> None:
         """Replace the live line; the next output removes it.
@@ -70,7 +75,7 @@ class Console:
         """
         if self.is_live:
             self._clear()
-            _write(_fit(line, _width(sys.stderr) - 1), sys.stderr)
+            _write(_fit(line.translate(_IN_A_LINE), _width(sys.stderr) - 1), sys.stderr)
             self._is_line_shown = True
 
     def progress(self, what: str) -> Callable[[int, int], None]:
@@ -80,7 +85,7 @@ class Console:
     def result(self, value: object, lines: Iterable[str], *, as_json: bool) -> None:
         """Print a result: the value as JSON, or the equivalent lines."""
         if as_json:
-            self.say(to_json(value))
+            self.write(to_json(value) + "\n")
         else:
             self.say(*lines)
 
@@ -179,20 +184,30 @@ def process() -> Iterator[None]:
         console.warn("")
         sys.exit(130)
     except click.ClickException as error:
-        error.message = error.message.translate(_CONTROLS)  # type: ignore[misc]
+        error.message = error.message.translate(_IN_A_LINE)  # type: ignore[misc]
         raise
     except OSError as error:
         _give_up(sys.stdout)
         console._lose_stdout(error)
 
 
-class ProcessCommand(click.Command):
-    """A command whose arguments are parsed as a process, because it is also a script."""
+class Script(click.Command):
+    """A command that can be run by itself: all that it does is done as a process."""
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        """Do it all, the completion of a shell included."""
+        with process():
+            return super().main(*args, **more)
 
     def make_context(self, *args: Any, **more: Any) -> click.Context:
-        """Parse the arguments."""
+        """Parse the arguments, which may print the help."""
         with process():
             return super().make_context(*args, **more)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with process():
+            return super().invoke(ctx)
 
 
 @contextlib.contextmanager

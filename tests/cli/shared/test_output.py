@@ -25,7 +25,8 @@ FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that i
 def bash(command, tmp_path, **more):
     """Run a line of bash with $NIELS as the command; return the finished process."""
     niels = f"{sys.executable} -m niels_gpt"
-    env = {**os.environ, "NIELS": niels, "HOME": str(tmp_path), "PYTHONUNBUFFERED": ""}
+    commands = {"NIELS": niels, "TRAIN": f"{niels}.train"}
+    env = {**os.environ, **commands, "HOME": str(tmp_path), "PYTHONUNBUFFERED": ""}
     more = {"capture_output": True, "text": True, **more}
     return subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, env=env, timeout=120, check=False, **more
@@ -77,9 +78,17 @@ def test_no_control_character_of_a_name_or_a_file_reaches_a_terminal(tmp_path, w
 
 
 @FULL
-@pytest.mark.parametrize("words", ["--help", "config show", "config show --json", "data --help"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("$NIELS --help", "$NIELS config show", "$NIELS config show --json", "$NIELS data --help"),
+        *("$NIELS --version", "$NIELS data info --help", "$NIELS train -h", "$TRAIN --help"),
+        "_NIELS_GPT_COMPLETE=bash_source $NIELS",
+        "_NIELS_GPT_COMPLETE=bash_complete COMP_WORDS=niels-gpt COMP_CWORD=1 $NIELS",
+    ],
+)
 def test_a_full_disk_is_one_message_and_code_1(tmp_path, words):
-    result = bash(f"$NIELS {words} > /dev/full", tmp_path)
+    result = bash(f"{words} > /dev/full", tmp_path)
     assert result.returncode == 1
     assert result.stderr == "error: [Errno 28] No space left on device\n"
 
