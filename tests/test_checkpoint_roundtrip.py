@@ -160,7 +160,7 @@ def test_the_module_view_and_the_state_view_write_the_same_bytes(tmp_path, name,
     save_checkpoint(
         str(a),
         model_cfg=to_dict(state.model_cfg),
-        train_cfg=to_dict(state.train_cfg),
+        train_cfg=checkpoint_of(state).train_cfg,
         model=model,
         optimizer=optimizer,
         step=step,
