@@ -43,7 +43,11 @@ RUNS = Path(__file__).parent.parent / "docs" / "runs" / "scaling.jsonl"
 T = 256
 EVAL: dict[str, Any] = {"B": 32, "eval_steps": 16}  # the same 512 rows of wiki/val for every run
 EVAL_SEED = 42
-START = Law(E=0.8, A=0.2, a=0.4, B=1.0, b=0.4)  # of the search
+STARTS = ((0.2, 0.4, 1.0, 0.4), (0.9, 0.1, 0.3, 0.9))  # of the search: A, a, B, b
+ES = (0.5, 0.2, 0.8)  # runs of this size leave E open; the first is the law's
+DRAWS = 12  # of the bootstrap
+ROWS = 8  # of a batch
+FEWEST_STEPS = 256  # in shorter runs seeds differ too much, and the rate decides
 HUBER = 1e-3  # of the residuals of log L, as Hoffmann et al.
 
 Record = dict[str, Any]
@@ -56,7 +60,7 @@ class Run(NamedTuple):
     L: int
     steps: int
     lr: float
-    B: int = 8
+    B: int = ROWS
     seed: int = 42
     unique: int | None = None  # bytes of text, all sources together; None: all there is
 
@@ -67,24 +71,31 @@ class Run(NamedTuple):
 
 
 def rates() -> list[Run]:
-    """Return the runs that the rule for the rate comes from: two widths, two batches."""
-    widths = [Run(C, L, 128, lr) for C, L in ((64, 2), (128, 3)) for lr in (0.006, 0.012, 0.024)]
-    return [*widths, *(Run(64, 2, 64, lr, B=32) for lr in (0.012, 0.024))]
+    """Return the runs that the rule for the rate comes from."""
+    narrow = [Run(64, 2, 128, lr) for lr in (0.006, 0.012, 0.024, 0.048)]
+    wide = [Run(128, 3, 128, lr) for lr in (0.006, 0.012, 0.024)]
+    batch = [Run(64, 2, 64, lr, B=32) for lr in (0.012, 0.024, 0.048)]
+    return [*narrow, *wide, *batch, Run(32, 2, 1024, 0.024)]
 
 
 def grid() -> list[Run]:
-    """Return the runs of the law: five sizes with several budgets each, and repeated text."""
+    """Return the runs of the law: five sizes with several budgets each, and repeated text.
+
+    The smallest size has five seeds at two budgets. What tells most of the law comes first.
+    """
 
     def run(C: int, L: int, quarters: int, **more: int) -> Run:
         """Return a run over so many quarters of a MiB."""
-        return Run(C, L, 128 * quarters, base_lr(C, 8), **more)
+        return Run(C, L, 128 * quarters, base_lr(C), **more)
 
-    budgets = {(32, 2): (1, 2, 4, 8, 16), (64, 2): (1, 2, 4, 8), (96, 3): (1, 2, 4, 8)}
-    larger = {(128, 3): (1, 2, 4), (192, 4): (1, 2)}
+    budgets = {(32, 2): (1, 2, 4, 8, 16), (64, 2): (1, 2, 4, 8, 16), (96, 3): (1, 2, 4, 8)}
+    larger = {(128, 3): (1, 2, 4, 8), (192, 4): (2, 4)}
     fresh = [run(C, L, n) for (C, L), several in {**budgets, **larger}.items() for n in several]
-    seeds = [run(32, 2, 1, seed=seed) for seed in (43, 44, 45, 46)]
-    again = [run(64, 2, 4, unique=2**16), run(64, 2, 4, unique=2**18), run(96, 3, 4, unique=2**17)]
-    return sorted([*fresh, *seeds, *again, run(128, 3, 8), run(192, 4, 4)], key=cost)
+    seeds = [run(32, 2, n, seed=seed) for n in (1, 4) for seed in (43, 44, 45, 46)]
+    sizes = ((32, 2, 2**16), (64, 2, 2**16), (64, 2, 2**18), (96, 3, 2**17))
+    again = [run(C, L, 4, unique=unique) for C, L, unique in sizes]
+    first = [run for run in fresh if run.steps >= 512 and cost(run) < 5e12]
+    return list(dict.fromkeys([*sorted(first, key=cost), *seeds, *again, *sorted(fresh, key=cost)]))
 
 
 def cost(run: Run) -> int:
@@ -153,25 +164,42 @@ class Point(NamedTuple):
     """What the law sees of a run."""
 
     N: float  # parameters outside the embedding
-    D: float  # distinct bytes that those read are worth
+    D: float  # bytes
     nats: float
 
 
 def points_of(records: Iterable[Record]) -> list[Point]:
-    """Return the points of the fit: the best rate of each size, budget, batch, text and seed."""
+    """Return the runs that the law is fitted to: long enough, over text that did not repeat.
+
+    Of several rates the best counts; seeds count each.
+    """
     best: dict[tuple[Any, ...], Point] = {}
     for r in records:
-        texts = {name: Text(*text) for name, text in r["text"].items()}
-        point = Point(r["N"], distinct_bytes(r["bytes"], texts), r["val_nats"])
-        key = (r["C"], r["L"], r["steps"], r["B"], r["seed"], r["unique"])
-        best[key] = min(point, best.get(key, point), key=lambda p: p.nats)
+        if r["B"] == ROWS and r["steps"] >= FEWEST_STEPS and r["unique"] is None:
+            point, key = Point(r["N"], r["bytes"], r["val_nats"]), (r["C"], r["steps"], r["seed"])
+            best[key] = min(point, best.get(key, point), key=lambda p: p.nats)
     return list(best.values())
 
 
-def fit(points: Sequence[Point], start: Law = START) -> Law:
-    """Return the law with the least Huber loss of the differences of log L."""
+def fit(points: Sequence[Point], E: float) -> Law:
+    """Return the law with this E and the least Huber loss of the differences of log L.
+
+    The loss has several minima; the best of the searches from `STARTS` counts.
+    """
     N, D, nats = torch.tensor(points, dtype=torch.float64).T
-    theta = torch.tensor(start, dtype=torch.float64).log().requires_grad_()
+
+    def error(theta: Tensor) -> Tensor:
+        A, a, B, b = theta.exp()
+        found = E + A * (N / 1e6) ** -a + B * (D / 1e6) ** -b
+        return 1e3 * torch.nn.functional.huber_loss(found.log(), nats.log(), delta=HUBER)
+
+    ends = [_minimum(error, torch.tensor(start, dtype=torch.float64).log()) for start in STARTS]
+    return Law(E, *min(ends, key=lambda theta: error(theta).item()).exp().tolist())
+
+
+def _minimum(error: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """Return the minimum that L-BFGS finds from a start."""
+    theta = start.requires_grad_()
     optimizer = torch.optim.LBFGS(
         [theta],
         max_iter=1000,
@@ -183,24 +211,38 @@ def fit(points: Sequence[Point], start: Law = START) -> Law:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        E, A, a, B, b = theta.exp()
-        found = E + A * (N / 1e6) ** -a + B * (D / 1e6) ** -b
-        error = 1e3 * torch.nn.functional.huber_loss(found.log(), nats.log(), delta=HUBER)
-        error.backward()  # type: ignore[no-untyped-call]
-        return error
+        found = error(theta)
+        found.backward()  # type: ignore[no-untyped-call]
+        return found
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return Law(*theta.exp().tolist())
+    return theta.detach()
 
 
-def bootstrap(points: Sequence[Point], law: Law, n: int = 20, seed: int = 42) -> list[Law]:
-    """Return the laws of n draws of as many points, with replacement."""
+def bootstrap(points: Sequence[Point], n: int, seed: int = 42) -> list[Law]:
+    """Return the laws of n draws of as many points, with replacement, each with one of the ES."""
     laws = []
     for k in range(n):
         generator = keyed_generator(seed, "bootstrap", k)
         drawn = torch.randint(len(points), (len(points),), generator=generator).tolist()
-        laws.append(fit([points[i] for i in drawn], law))
+        laws.append(fit([points[i] for i in drawn], ES[k % len(ES)]))
     return laws
+
+
+def fit_repeats(records: Iterable[Record], law: Law) -> float:
+    """Return the R* (in tenths) that explains best the runs over repeated text."""
+    again = [r for r in records if r["unique"] is not None]
+
+    def error(repeats: float) -> float:
+        return sum(abs(float(r["val_nats"]) - _again(r, law, repeats)) for r in again)
+
+    return min((tenths / 10 for tenths in range(5, 301)), key=error)
+
+
+def _again(r: Record, law: Law, repeats: float) -> float:
+    """Return the loss that the law gives a run over repeated text."""
+    texts = {name: Text(*text) for name, text in r["text"].items()}
+    return law.loss(float(r["N"]), distinct_bytes(r["bytes"], texts, repeats))
 
 
 # --- the command -------------------------------------------------------------------------------
@@ -227,13 +269,26 @@ def main(
     if not only_fit:
         places = {name: place for name, place in {"wiki": wiki, "roam": roam}.items() if place}
         run_all(rates() if only else [*rates(), *grid()], places, out, click.echo)
-    points = points_of(read_runs(out))
-    law = fit(points)
-    click.echo(f"{len(points)} points: {law}")
-    for point in points:
-        click.echo(
-            f"N {point.N:>9,} D {point.D:>11,.0f} {point.nats:.4f} {law.loss(*point[:2]):.4f}"
-        )
+    click.echo("\n".join(report(read_runs(out))))
+
+
+def report(records: Sequence[Record]) -> list[str]:
+    """Return the constants as niels_gpt.analysis.scaling has them, and what they leave."""
+    points = points_of(records)
+    law, *drawn = (rounded(found) for found in (fit(points, ES[0]), *bootstrap(points, DRAWS)))
+    errors = [abs(law.loss(point.N, point.D) - point.nats) for point in points]
+    return [
+        f"LAW = {law}",
+        *(f"    {found}," for found in drawn),
+        f"REPEATS = {fit_repeats(records, law)}",
+        f"{len(points)} runs, mean difference {sum(errors) / len(errors):.4f} nats:",
+        *(f"N {p.N:>9,} D {p.D:>9,} {p.nats:.4f} {law.loss(p.N, p.D):.4f}" for p in points),
+    ]
+
+
+def rounded(law: Law) -> Law:
+    """Return a law with four digits of each constant."""
+    return Law(*(float(f"{constant:.4g}") for constant in law))
 
 
 def run_all(

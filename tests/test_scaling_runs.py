@@ -9,7 +9,15 @@ import pytest
 
 from benchmarks import scaling
 from benchmarks.scaling import Point, Run
-from niels_gpt.analysis.scaling import Law, Text
+from niels_gpt.analysis.scaling import (
+    DRAWN,
+    LARGEST,
+    LAW,
+    REPEATS,
+    Law,
+    Text,
+    distinct_bytes,
+)
 from niels_gpt.corpus import Corpus
 
 TEXT = bytes(32 + k * k % 90 for k in range(3000))
@@ -56,38 +64,66 @@ def test_few_unique_bytes_are_the_starts_of_all_sources():
     assert scaling.texts_of(short)["roam"] == Text(0.25, 200)
 
 
+def points(noise=0.0):
+    return [Point(N, D, TRUE.loss(N, D) + noise * (i % 3)) for i, (N, D) in enumerate(SIZES)]
+
+
 def test_the_fit_finds_the_law_that_made_the_points():
-    found = scaling.fit([Point(N, D, TRUE.loss(N, D)) for N, D in SIZES])
-    assert found == pytest.approx(TRUE, rel=1e-3)
+    assert tuple(scaling.fit(points(), TRUE.E)) == pytest.approx(tuple(TRUE), rel=1e-3)
 
 
 def test_one_bad_run_hardly_moves_the_fit():
-    points = [Point(N, D, TRUE.loss(N, D)) for N, D in SIZES]
-    points[5] = points[5]._replace(nats=points[5].nats + 0.5)
-    found = scaling.fit(points)
+    bad = points()
+    bad[5] = bad[5]._replace(nats=bad[5].nats + 0.5)
+    found = scaling.fit(bad, TRUE.E)
     assert found.loss(3e6, 8e6) == pytest.approx(TRUE.loss(3e6, 8e6), abs=0.01)
 
 
-def test_the_draws_of_a_bootstrap_are_keyed():
-    points = [Point(N, D, TRUE.loss(N, D) + 1e-3 * (i % 3)) for i, (N, D) in enumerate(SIZES)]
-    laws = scaling.bootstrap(points, TRUE, 2)
-    assert laws == scaling.bootstrap(points, TRUE, 2)
-    assert laws[0] != laws[1]
+def test_the_draws_of_a_bootstrap_are_keyed_and_differ_in_e():
+    laws = scaling.bootstrap(points(1e-3), 3)
+    assert laws == scaling.bootstrap(points(1e-3), 3)
+    assert tuple(law.E for law in laws) == scaling.ES
 
 
-def test_of_several_rates_the_best_counts():
-    line = {
-        **TINY._asdict(),
-        **{"N": 100, "bytes": 1000, "val_nats": 2.0, "text": {"wiki": [1.0, 5000]}},
-    }
-    worse = {**line, "lr": 0.5, "val_nats": 9.0}
-    assert scaling.points_of([worse, line, {**line, "seed": 1}]) == [(100, 1000, 2.0)] * 2
+LINE = {**TINY._asdict(), "B": 8, "steps": 300, "N": 100, "bytes": 1000, "val_nats": 2.0}
+LINE["text"] = {"wiki": [1.0, 5000]}
+
+
+def test_of_several_rates_the_best_counts_and_seeds_count_each():
+    worse = {**LINE, "lr": 0.5, "val_nats": 9.0}
+    assert scaling.points_of([worse, LINE, {**LINE, "seed": 1}]) == [(100, 1000, 2.0)] * 2
+
+
+@pytest.mark.parametrize("other", [{"B": 32}, {"steps": 100}, {"unique": 100}])
+def test_runs_of_another_kind_are_not_fitted(other):
+    assert scaling.points_of([{**LINE, **other}]) == []
+
+
+def test_the_worth_of_repeated_text_is_found():
+    def line(D, repeats):
+        text = {"wiki": Text(1.0, 50_000)}
+        nats = TRUE.loss(1e5, distinct_bytes(D, text, repeats))
+        return {**LINE, "N": 1e5, "bytes": D, "unique": 50_000, "text": text, "val_nats": nats}
+
+    lines = [line(D, 7.3) for D in (2e5, 8e5)]
+    assert scaling.fit_repeats([*lines, LINE], TRUE) == 7.3
 
 
 def test_the_grid_has_no_run_twice_five_seeds_at_the_smallest_and_several_budgets_of_each_size():
     runs = scaling.grid()
     assert len(set(runs)) == len(runs)
-    first = [run for run in runs if run._replace(seed=42) == runs[0]._replace(seed=42)]
-    assert {run.seed for run in first} == {42, 43, 44, 45, 46}
+    smallest = min(runs, key=scaling.cost)
+    same = [run for run in runs if run._replace(seed=42) == smallest._replace(seed=42)]
+    assert {run.seed for run in same} == {42, 43, 44, 45, 46}
     assert all(len({r.steps for r in runs if r.C == run.C}) > 1 for run in runs)
-    assert runs == sorted(runs, key=scaling.cost)
+
+
+def test_the_constants_of_the_law_are_those_of_the_runs_in_the_repository():
+    records = scaling.read_runs()
+    points = scaling.points_of(records)
+    law, *drawn = (scaling.fit(points, scaling.ES[0]), *scaling.bootstrap(points, 3))
+    for found, constants in zip((law, *drawn), (LAW, *DRAWN[:3]), strict=True):
+        assert tuple(found) == pytest.approx(tuple(constants), rel=1e-2)
+    assert len(DRAWN) == scaling.DRAWS
+    assert scaling.fit_repeats(records, law) == pytest.approx(REPEATS, abs=0.2)
+    assert (max(p.N for p in points), max(p.D for p in points)) == LARGEST

@@ -13,12 +13,14 @@ from typing import NamedTuple
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.model.flops import parameter_count
 
-REPEATS = 15.39  # R*: the repetitions after which a further one is worth 1/e (Muennighoff)
+REPEATS = 5.3  # R*: the repetitions after which a further one is worth 1/e
 HEAD = 32  # width of an attention head
 WARMUP = 0.1  # of the steps
-LR, LR_WIDTH = 0.012, 128  # the rate of batches of 8 rows at this width
-LR_FALL = 0.5  # the rate falls with this power of the width
-LR_BATCH = 0.25  # and rises with this power of the batch
+LR, LR_WIDTH, LR_FALL = 0.014, 128, 0.85  # the rate at a width, and the power of its fall
+SHAPES = (  # width and depth of the networks to choose from
+    *((32, 2), (64, 2), (96, 3), (128, 3), (160, 4), (192, 4), (256, 4), (320, 5), (384, 6)),
+    *((448, 7), (512, 8), (640, 10), (768, 12)),
+)
 
 
 class Law(NamedTuple):
@@ -35,6 +37,34 @@ class Law(NamedTuple):
         return float(self.E + self.A * (N / 1e6) ** -self.a + self.B * (D / 1e6) ** -self.b)
 
 
+# Fitted to docs/runs/scaling.jsonl by benchmarks/scaling.py, which has the runs; a test fits again.
+LAW = Law(E=0.5, A=0.9812, a=0.07503, B=0.2606, b=0.915)
+DRAWN = (  # fits to draws of the runs with replacement, E one of three: how far the law is known
+    Law(0.5, 1.029, 0.06782, 0.2132, 1.117),
+    Law(0.2, 1.214, 0.0652, 0.3218, 0.7599),
+    Law(0.8, 0.5775, 0.1081, 0.3767, 0.714),
+    Law(0.5, 0.9639, 0.07792, 0.2757, 0.8712),
+    Law(0.2, 0.9067, 0.08309, 0.6354, 0.4261),
+    Law(0.8, 0.6648, 0.1076, 0.2774, 0.9114),
+    Law(0.5, 0.9563, 0.06907, 0.2944, 0.8732),
+    Law(0.2, 0.8731, 0.08494, 0.6712, 0.3942),
+    Law(0.8, 0.6337, 0.1267, 0.2557, 1.095),
+    Law(0.5, 0.9466, 0.08751, 0.2595, 1.036),
+    Law(0.2, 1.358, 0.05439, 0.1755, 1.274),
+    Law(0.8, 0.7167, 0.0943, 0.2257, 1.053),
+)
+LARGEST = (334_560, 4_194_304)  # N and D of the runs
+NOISE = 0.02  # nats, about what seeds and the law leave
+
+
+class Expected(NamedTuple):
+    """A loss in nats per byte, and the interval that it is expected in."""
+
+    nats: float
+    low: float
+    high: float
+
+
 class Text(NamedTuple):
     """A source of text in a mix."""
 
@@ -42,17 +72,38 @@ class Text(NamedTuple):
     nbytes: int  # distinct ones
 
 
-def distinct_bytes(D: float, texts: Mapping[str, Text]) -> float:
+def distinct_bytes(D: float, texts: Mapping[str, Text], repeats: float = REPEATS) -> float:
     """Return how many distinct bytes D bytes of a mix are worth.
 
     For a source of U bytes of which D are read, R = D / U - 1 times again, that is
     U + U R* (1 - exp(-R / R*)); all of D up to U.
     """
-    return sum(_worth(D * text.share, text.nbytes) for text in texts.values())
+    return sum(_worth(D * text.share, text.nbytes, repeats) for text in texts.values())
 
 
-def _worth(D: float, U: int) -> float:
-    return min(D, U) - U * REPEATS * math.expm1(-max(0.0, D / U - 1) / REPEATS)
+def _worth(D: float, U: int, repeats: float) -> float:
+    return min(D, U) - U * repeats * math.expm1(-max(0.0, D / U - 1) / repeats)
+
+
+def expect(cfg: ModelConfig, D: float, texts: Mapping[str, Text]) -> Expected:
+    """Return the loss that a network is expected to reach on D bytes of a mix.
+
+    The interval is the range of the laws in `DRAWN`, widened by twice the noise.
+    """
+    N, worth = matrix_count(cfg), distinct_bytes(D, texts)
+    nats = [law.loss(N, worth) for law in (LAW, *DRAWN)]
+    return Expected(nats[0], min(nats) - 2 * NOISE, max(nats) + 2 * NOISE)
+
+
+def beyond_the_runs(cfg: ModelConfig, D: float) -> list[str]:
+    """Return a message if a run is more than ten times beyond those that the law was fitted to."""
+    ratio = max(matrix_count(cfg) / LARGEST[0], D / LARGEST[1])
+    if ratio <= 10:
+        return []
+    return [
+        f"the run is {ratio:.0f} times larger than the largest that the law was fitted to: "
+        "do not rely on the interval"
+    ]
 
 
 def matrix_count(cfg: ModelConfig) -> int:
@@ -68,10 +119,9 @@ def model_config(C: int, L: int, T: int = 256) -> ModelConfig:
     return ModelConfig(T=T, C=C, L=L, H=max(1, C // HEAD), d_ff=4 * C, dropout=0.0)
 
 
-def base_lr(C: int, B: int) -> float:
-    """Return the learning rate for a width and a batch, to two digits."""
-    rate = LR * (LR_WIDTH / C) ** LR_FALL * (B / 8) ** LR_BATCH
-    return float(f"{rate:.2g}")
+def base_lr(C: int) -> float:
+    """Return the learning rate for a width, to two digits."""
+    return float(f"{LR * (LR_WIDTH / C) ** LR_FALL:.2g}")
 
 
 def train_config(B: int, steps: int, lr: float, p_train: Mapping[str, float]) -> TrainConfig:

@@ -1,21 +1,41 @@
-"""The `config` commands: show a resolved config."""
+"""The `config` commands: show a resolved config, or write one for the time there is."""
+
+from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from niels_gpt import paths
 from niels_gpt.analysis.config_report import DEFAULT, OVERRIDE, Setting, resolve
-from niels_gpt.cli.shared.options import CONFIG, HELP, Commands, json_option, set_option
+from niels_gpt.cli.shared.options import (
+    CONFIG,
+    HELP,
+    PATH,
+    Commands,
+    device_option,
+    json_option,
+    mix_option,
+    set_option,
+    source_options,
+)
 from niels_gpt.cli.shared.output import console, exit_on_failure
-from niels_gpt.config import find_config
+from niels_gpt.config import TrainConfig, find_config, save_json
+from niels_gpt.data.sources import Places
+from niels_gpt.mix import may_choose_val, with_mix
+
+if TYPE_CHECKING:
+    from niels_gpt.analysis.fit import Fit
 
 WIDTH = 80  # columns
 
 
 @click.group(cls=Commands, context_settings=HELP)
 def main() -> None:
-    """Show a resolved config."""
+    """Show a resolved config, or write one for the time there is."""
 
 
 @main.command(
@@ -39,6 +59,52 @@ def show(config: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
         settings, resolved = resolve(None if config is None else find_config(config), overrides)
     value = {"config": resolved, "from": {s.key: s.origin for s in settings}}
     console.result(value, _lines(settings), as_json=as_json)
+
+
+@main.command(epilog="Example: niels-gpt config fit --time 8h --wiki data/wiki --notes ~/notes")
+@click.option("--time", required=True, metavar="TIME", help="E.g. 90s, 20m or 8h.")
+@click.option(
+    "--out", type=PATH, metavar="FILE", help="Config to write (default fit-TIME.json in configs/)."
+)
+@source_options
+@mix_option
+@device_option()
+@json_option()
+def fit(time: str, out: Path | None, places: Places, device: str, as_json: bool) -> None:
+    """Write the config that promises the least loss in a time, on this machine and text.
+
+    Measures the speed of a few networks for about half a minute. Run nothing else meanwhile.
+    """
+    with exit_on_failure(2):
+        from niels_gpt.analysis.fit import parse_time
+
+        seconds = parse_time(time)
+        out = out or paths.CONFIG_DIR / f"fit-{time.strip()}.json"
+        if out.exists():
+            raise FileExistsError(f"{out}: already exists; remove it or give another --out")
+        found = _fit(seconds, places, device)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_json(out, found.config)
+    value = {**found._asdict(), "out": str(out)}
+    lines = [f"{what:<9}{why}" for what, why in found.reasons.items()]
+    lines += [f"warning: {warning}" for warning in found.warnings]
+    console.result(value, [*lines, f"written to {out}"], as_json=as_json)
+
+
+def _fit(seconds: float, places: Places, device: str) -> Fit:
+    """Open the text, measure this machine, and choose."""
+    from niels_gpt.analysis import fit, scaling
+    from niels_gpt.corpus import open_corpus
+    from niels_gpt.device import keep_freed_memory, limit_threads
+    from niels_gpt.streams import locate
+
+    keep_freed_memory()
+    limit_threads()
+    model_cfg, cfg = scaling.model_config(*scaling.SHAPES[0]), with_mix(TrainConfig(), places)
+    where = replace(locate(places), any_val=may_choose_val(cfg, places, None))
+    corpus = open_corpus(model_cfg, cfg, where)
+    console.tell(*corpus.messages)
+    return fit.fit(seconds, corpus, device, fit.measure(corpus, device))
 
 
 def _lines(settings: list[Setting]) -> list[str]:
