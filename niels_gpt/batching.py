@@ -36,8 +36,10 @@ def get_batch(
     windows = bytearray()
     for name, start in draw_rows(sources, p=p, B=B, T=T, generator=generator):
         windows += sources[name][start : start + T + 1]
-    ids = torch.frombuffer(windows, dtype=torch.uint8).view(B, T + 1).to(device)  # (B, T+1)
-    return ids[:, :-1].to(torch.int64).contiguous(), ids[:, 1:].to(torch.int64).contiguous()
+    ids = torch.frombuffer(windows, dtype=torch.uint8).view(B, T + 1)
+    # cut and widened before the copy: MPS misreads bytes that do not start at a multiple of 4
+    x, y = (part.to(torch.int64).contiguous().to(device) for part in (ids[:, :-1], ids[:, 1:]))
+    return x, y
 
 
 def draw_rows(

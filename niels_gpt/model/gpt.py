@@ -16,6 +16,8 @@ from niels_gpt.config import ModelConfig
 from niels_gpt.model import dropout, rope
 from niels_gpt.model.blocks import Block, init_weights
 
+ORDERED_LOOKUP = ("cpu", "cuda")  # devices that sum the gradient of a lookup in a fixed order
+
 
 class GPT(nn.Module):
     """Map bytes to logits of the next byte.
@@ -67,16 +69,17 @@ class GPT(nn.Module):
 
 
 def _embed(table: nn.Embedding, x: Tensor) -> Tensor:
-    """Look up the rows (B, T, C) of ids (B, T); when compiled, by an exact product with one-hots.
+    """Look up the rows (B, T, C) of ids (B, T), in a way whose gradient is a sum in a fixed order.
 
-    In compiled code, threads accumulate the gradient of a lookup in the order in which they arrive,
-    so its last bits would differ from run to run.
+    In compiled code and on MPS, threads accumulate the gradient of a lookup in the order in which
+    they arrive, so its last bits would differ from run to run. There it is a product with one-hots,
+    which is exact too.
     """
-    if not torch.compiler.is_compiling():
+    if x.device.type in ORDERED_LOOKUP and not torch.compiler.is_compiling():
         rows: Tensor = table(x)
         return rows
-    one_hot = x[..., None] == torch.arange(table.num_embeddings, device=x.device)
-    return one_hot.to(table.weight.dtype) @ table.weight
+    one_hot = x.flatten()[:, None] == torch.arange(table.num_embeddings, device=x.device)
+    return torch.mm(one_hot.to(table.weight.dtype), table.weight).view(*x.shape, -1)
 
 
 class _Skeletons(threading.local):

@@ -58,7 +58,7 @@ def expand(sin: Tensor, cos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns sin and cos, each (..., D), and the matrix (D, D) that maps each pair (a, b) to (-b, a).
     """
     both, turn = _pair_matrices(2 * sin.shape[-1], sin)
-    return sin @ both, cos @ both, turn
+    return _product(sin, both), _product(cos, both), turn
 
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor, turn: Tensor) -> Tensor:
@@ -66,7 +66,15 @@ def rotate(x: Tensor, sin: Tensor, cos: Tensor, turn: Tensor) -> Tensor:
 
     This is linear in x: at one position, the rotated identity is the matrix of the rotation.
     """
-    return torch.addcmul(x * cos, x @ turn, sin)
+    return torch.addcmul(x * cos, _product(x, turn), sin)
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply x (..., n) by a matrix (n, m), as one product of two matrices.
+
+    A batched product repeats the matrix by a stride of 0, which some versions of macOS misread.
+    """
+    return torch.mm(x.flatten(0, -2), matrix).view(*x.shape[:-1], matrix.shape[1])
 
 
 def _pair_matrices(D: int, like: Tensor) -> tuple[Tensor, Tensor]:
