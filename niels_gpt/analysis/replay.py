@@ -24,7 +24,7 @@ from niels_gpt.loss import gradients, row_blocks, row_losses
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.model.gpt import without_storage
 from niels_gpt.optim.clip import clip_by_global_norm
-from niels_gpt.optim.trees import Tree
+from niels_gpt.optim.trees import Tree, bits
 from niels_gpt.run.compile import compile_step
 from niels_gpt.run.metrics import Record, damage_in, read_metrics
 from niels_gpt.run.plan import data_changes, describe_environment, environment_changes
@@ -61,22 +61,18 @@ def differences(here: TrainState, there: TrainState) -> list[Difference]:
         _difference(f"{kind} {name}", a, others[kind][name])
         for kind, tree in here.trees().items()
         for name, a in tree.items()
-        if not torch.equal(_bits(a), _bits(others[kind][name]))
+        if not torch.equal(bits(a), bits(others[kind][name]))
     ]
 
 
 def _difference(tensor: str, a: Tensor, b: Tensor) -> Difference:
-    differ = _bits(a) != _bits(b)
+    differ = bits(a) != bits(b)
     size = (a - b).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).where(differ, -1.0)
     flat = int(size.argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), a.shape))
     return Difference(
         tensor, int(differ.sum()), index, a[index].item(), b[index].item(), size[index].item()
     )
-
-
-def _bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.int32)
 
 
 # --- repeating part of a run -------------------------------------------------------------------

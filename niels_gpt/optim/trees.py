@@ -30,6 +30,21 @@ def to_tree(vector: Tensor, like: Tree) -> Tree:
     return {name: part.view_as(x) for part, (name, x) in zip(parts, like.items(), strict=True)}
 
 
+def bits(x: Tensor) -> Tensor:
+    """View float32 as int32, whose equality tells 0.0 from -0.0 and NaNs apart."""
+    return x.contiguous().view(torch.int32)
+
+
+def tree_difference(a: Tree, b: Tree) -> Tensor:
+    """Return the largest difference, relative to the largest element of each tensor of a, 0-d.
+
+    NaN anywhere gives NaN.
+    """
+    return torch.stack(
+        [(a[name] - b[name]).abs().max() / a[name].abs().max().clamp(min=1e-12) for name in a]
+    ).max()
+
+
 def map_tensors(function: Callable[..., Tensor], first: Any, *others: Any) -> Any:
     """Map a function over the tensors of one or more trees, or of tuples or lists of trees.
 

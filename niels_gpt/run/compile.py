@@ -13,7 +13,7 @@ from torch import Tensor
 
 from niels_gpt import optim
 from niels_gpt.loss import Batch, block_gradients, gradients
-from niels_gpt.optim.trees import Tree
+from niels_gpt.optim.trees import tree_difference
 from niels_gpt.state import TrainState
 from niels_gpt.step import (
     GradientFunction,
@@ -42,16 +42,6 @@ def compile_parts() -> tuple[GradientFunction, UpdateFunction]:
         return of_numbers(*trees, count=torch.tensor(count), lr=torch.as_tensor(lr), **fixed)
 
     return partial(gradients, of_block=of_block), update
-
-
-def tree_difference(a: Tree, b: Tree) -> Tensor:
-    """Return the largest difference, relative to the largest element of each tensor of a, 0-d.
-
-    NaN anywhere gives NaN.
-    """
-    return torch.stack(
-        [(a[name] - b[name]).abs().max() / a[name].abs().max().clamp(min=1e-12) for name in a]
-    ).max()
 
 
 def step_difference(

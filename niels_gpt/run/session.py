@@ -21,6 +21,7 @@ from niels_gpt.run.loop import NonFiniteError
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.plan import Plan
 from niels_gpt.run.progress import Console, Reporter, say_opening
+from niels_gpt.run.selfcheck import check_start
 from niels_gpt.run.stop import Stop, Stopped
 from niels_gpt.state import TrainState
 from niels_gpt.step import StepFunction, train_step
@@ -31,6 +32,7 @@ def train(plan: Plan, options: TrainOptions, console: Console, stop: Stop) -> in
     say_opening(plan, console)
     folder = Folder(plan, console)
     try:
+        check_start(plan, console)
         step = _step_of(plan, folder, console, stop)
         reporter = Reporter(plan, folder.metrics, console)
         show = partial(_show_text, reporter, console, stop)
