@@ -71,7 +71,7 @@ def make_plan(
     origin = origin or find_origin(options)
     state, resumed = origin.state(model_cfg, train_cfg, device), origin.resumed
     state, corpus = _open_text(state, options, resumed, any_val=any_val)
-    inherited = resumed.environment.get("compile", False) if resumed else None
+    inherited = inherited_compile(resumed.environment, device) if resumed else None
     compiled, why = choose_compile(options.compile, inherited, device, model_cfg, train_cfg)
     environment = describe_environment(device, compiled)
     scores, has_best, records, told = _past(resumed, options, corpus, environment)
@@ -210,6 +210,13 @@ def _refuse_unless(allowed: bool, path: Path, changes: list[str]) -> None:
             *changes,
             "give the same text, or use --allow-data-change to continue with the new text",
         )
+
+
+def inherited_compile(before: Mapping[str, Any], device: str) -> bool | None:
+    """Return whether the resumed run is compiled; None if it was on another device."""
+    if _first_device(before.get("device", device)) != _first_device(device):
+        return None
+    return bool(before.get("compile", False))
 
 
 def choose_compile(

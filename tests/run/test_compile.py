@@ -11,9 +11,10 @@ from niels_gpt import ModelConfig, TrainConfig, make_state, optim, train_step
 from niels_gpt.checkpoint import load_checkpoint
 from niels_gpt.config import OPTIMIZERS
 from niels_gpt.loss import block_gradients
+from niels_gpt.optim.trees import tree_difference
 from niels_gpt.run import compile as compiled
-from niels_gpt.run.compile import choose_step, compile_step, tree_difference
-from niels_gpt.run.plan import choose_compile
+from niels_gpt.run.compile import choose_step, compile_step
+from niels_gpt.run.plan import choose_compile, inherited_compile
 from tests.training import same_state, tensors
 
 MODEL = ModelConfig(T=8, C=8, L=1, H=2, d_ff=8, dropout=0.2)
@@ -163,6 +164,21 @@ def test_what_decides_whether_to_compile(
     chosen, why = choose_compile(asked, inherited, device, ModelConfig(), cfg)
     assert chosen == expected
     assert why
+
+
+@pytest.mark.parametrize(
+    ("before", "device", "expected"),
+    [
+        ({"device": "cpu", "compile": True}, "cpu", True),
+        ({"device": "cpu", "compile": False}, "cpu", False),
+        ({"device": "mps:0", "compile": True}, "mps", True),
+        ({"device": "cpu", "compile": True}, "mps", None),
+        ({"device": "mps", "compile": False}, "cpu", None),
+        ({}, "cpu", False),  # a plain loop's
+    ],
+)
+def test_only_a_run_on_the_same_device_is_compiled_because_it_was(before, device, expected):
+    assert inherited_compile(before, device) is expected
 
 
 def test_a_block_and_an_update_are_one_graph_each_for_all_steps(state, batch, monkeypatch):
