@@ -83,6 +83,16 @@ def available_memory() -> int:
     return min(limits)
 
 
+def metal_memory() -> int:
+    """Return the bytes of main memory that Metal holds for this process; 0 where it is absent.
+
+    The driver keeps what it once allocated, so this is a peak.
+    """
+    import torch
+
+    return torch.mps.driver_allocated_memory() if torch.backends.mps.is_available() else 0
+
+
 def available_processors() -> int:
     """Return the number of processors that this process may use, at least 1.
 

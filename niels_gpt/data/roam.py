@@ -33,6 +33,7 @@ TEXT_SUFFIXES = {  # of files that may well be notes, but in another format
 }  # fmt: skip
 NO_TEXT = "no text, or not in UTF-8"
 HIDDEN = "hidden"
+IN_CLOUD = "only in iCloud; download it to train on it"
 LOGSEQ_BACKUP = "Logseq's backups"
 _LOGSEQ_COPIES = ("bak", "version-files")  # older versions of pages; the second by its sync
 SKIPPED_BY_DESIGN = (HIDDEN, LOGSEQ_BACKUP)  # not notes of their own, so not reported
@@ -132,7 +133,9 @@ def scan_folder(root: str | Path, is_wanted: Callable[[Path], bool] | None = Non
     skipped: list[Skipped] = []
     others: Counter[str] = Counter()
     for path in _walk(Path(os.path.abspath(root)), skipped):
-        if not is_wanted(path):
+        if (absent := _in_cloud(path)) and is_wanted(absent):
+            skipped.append(Skipped(absent, IN_CLOUD))
+        elif not is_wanted(path):
             others.update([] if path.name.startswith(".") else [path.suffix.lower() or "no suffix"])
         elif reason := _why_not_note(path, found):
             skipped.append(Skipped(path, reason))
@@ -240,6 +243,12 @@ def _why_not_folder(folder: Path) -> str:
     if folder.name in _LOGSEQ_COPIES and folder.parent.name == "logseq":
         return LOGSEQ_BACKUP
     return "link to a folder" if os.path.islink(folder) else ""
+
+
+def _in_cloud(path: Path) -> Path | None:
+    """Return the file for which macOS keeps a placeholder, such as `.note.md.icloud`."""
+    name = path.name.removeprefix(".").removesuffix(".icloud")
+    return path.with_name(name) if name and path.name == f".{name}.icloud" else None
 
 
 def _why_not_note(path: Path, found: dict[Path, os.stat_result]) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 LOCK_NAME = ".niels-gpt.lock"
+_UNSUPPORTED = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY}  # network volumes
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
@@ -174,9 +175,12 @@ def _flush(fd: int) -> None:
     """fsync, through the drive's own cache: on macOS that takes F_FULLFSYNC."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
-        with contextlib.suppress(OSError):  # network volumes have only fsync
+        try:
             fcntl.fcntl(fd, full)
             return
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
     os.fsync(fd)
 
 

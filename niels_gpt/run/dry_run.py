@@ -15,7 +15,7 @@ from typing import Any
 
 from niels_gpt.checkpoint import checkpoint_of, checkpoint_size
 from niels_gpt.config import TrainConfig
-from niels_gpt.device import available_memory
+from niels_gpt.device import available_memory, metal_memory
 from niels_gpt.eval import evaluate
 from niels_gpt.model.flops import parameter_count, step_flops
 from niels_gpt.run.compile import choose_step
@@ -37,8 +37,8 @@ def costs(plan: Plan) -> dict[str, Any]:
     """Return the cost of a run as numbers: counts, bytes, seconds.
 
     Takes three steps, the first untimed because it includes one-time costs, and evaluates one
-    batch. `memory_bytes` is this process's peak so far plus a checkpoint being saved; on a GPU it
-    covers main memory only.
+    batch. `memory_bytes` is this process's peak so far plus a checkpoint being saved, plus what
+    Metal holds, which is main memory too; of another GPU's memory it knows nothing.
     """
     cfg, model_cfg = plan.state.train_cfg, plan.state.model_cfg
     state, seconds_per_step = _time_steps(plan)
@@ -56,7 +56,7 @@ def costs(plan: Plan) -> dict[str, Any]:
         "seconds_per_step": seconds_per_step,
         "seconds_per_evaluation": seconds_per_eval,
         "seconds": steps * seconds_per_step + evals * seconds_per_eval,
-        "memory_bytes": peak_memory_bytes() + size,
+        "memory_bytes": peak_memory_bytes() + metal_memory() + size,
         "memory_here_bytes": available_memory(),
         "checkpoint_bytes": size,
         "checkpoint_files": files,

@@ -91,7 +91,8 @@ def test_the_split_is_that_of_the_configs_seed(niels, where, tmp_path):
 
 def test_what_is_left_out_is_listed_with_its_reason(niels, where, root, tmp_path):
     notes = tmp_path / "vault"
-    for path in (".obsidian/a.md", ".trash/b.md", "logseq/bak/c.md", "pages/.d.md", "pages/e.md"):
+    hidden = (".obsidian/a.md", ".trash/b.md", "pages/.d.md", "pages/.away.md.icloud")
+    for path in (*hidden, "logseq/bak/c.md", "pages/e.md"):
         (notes / path).parent.mkdir(parents=True, exist_ok=True)
         (notes / path).write_text("text\n" * 100)
     (notes / "loop").symlink_to(notes)
@@ -105,6 +106,7 @@ def test_what_is_left_out_is_listed_with_its_reason(niels, where, root, tmp_path
         ".trash": "hidden",
         "logseq/bak": "Logseq's backups",
         "pages/.d.md": "hidden",
+        "pages/away.md": "only in iCloud; download it to train on it",
         "loop": "link to a folder",
         "gone.md": "No such file or directory",
         "pipe.md": "not a regular file",

@@ -27,6 +27,12 @@ from tests import ROOT
 CALLS = ("open", "write", "fsync", "rename", "close")
 
 
+@pytest.fixture(autouse=True)
+def flush_by_fsync(monkeypatch):
+    """Let macOS flush by fsync as Linux does: tests watch that call, and fail it."""
+    monkeypatch.delattr(durable.fcntl, "F_FULLFSYNC", raising=False)
+
+
 def names_in(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 
@@ -176,6 +182,22 @@ def test_f_fullfsync_is_used_where_there_is_one_and_fsync_where_it_fails(tmp_pat
     write_durably([tmp_path / "a"], b"newer")
     assert len(synced) == 2
     assert (tmp_path / "a").read_bytes() == b"newer"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_drive_that_fails_to_flush_is_an_error(tmp_path, monkeypatch, number):
+    (tmp_path / "a").write_bytes(b"old")
+
+    def failing(fd, command):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(durable.fcntl, "F_FULLFSYNC", 51, raising=False)  # macOS's own number
+    monkeypatch.setattr(durable.fcntl, "fcntl", failing)
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        write_durably([tmp_path / "a"], b"new")
+    assert caught.value.filename == str(tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names_in(tmp_path) == ["a"]
 
 
 def test_a_missing_folder_and_a_folder_in_the_way_are_named(tmp_path):

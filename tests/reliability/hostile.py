@@ -805,9 +805,10 @@ def build(folder: Path, name: str) -> None:
 
 def main(folder: Path) -> None:
     """Load each file under limits of memory and, each for itself, of processor time."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    memory = pages * resource.getpagesize() + MAX_MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    if sys.platform == "linux":  # macOS does not enforce a limit of memory
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        memory = pages * resource.getpagesize() + MAX_MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     os.chdir(folder)
     for path in sorted(folder.glob("*.pt")):
         seconds = math.ceil(time.process_time()) + MAX_SECONDS

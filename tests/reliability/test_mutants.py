@@ -56,6 +56,13 @@ MUTANTS = {
         DURABLE,
         "each_name_is_durable",
     ),
+    "a drive that fails to flush": Mutant(
+        "files/durable",
+        "            if error.errno not in _UNSUPPORTED:\n                raise\n",
+        "            pass\n",
+        DURABLE,
+        "fails_to_flush",
+    ),
     "direct write": Mutant(
         "files/durable",
         "    temporary = path.with_name(",

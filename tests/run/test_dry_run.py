@@ -70,6 +70,14 @@ def test_costs_hold_together(texts, tmp_path, optimizer):
     assert held < c["memory_bytes"] < c["memory_here_bytes"]
 
 
+def test_what_metal_holds_is_main_memory_too(texts, tmp_path, monkeypatch):
+    plan, GB = plan_of(texts, tmp_path / "out"), 10**9
+    assert costs(plan)["memory_bytes"] < 100 * GB
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 100 * GB)
+    assert 100 * GB < costs(plan)["memory_bytes"] < 200 * GB
+
+
 def test_a_resumed_run_costs_what_is_left(texts, tmp_path):
     plan = plan_of(texts, tmp_path / "out", total_steps=10, eval_every=4)
     later = plan._replace(state=plan.state._replace(step=9))
