@@ -145,6 +145,22 @@ class Metal(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+class Faulty(Metal):
+    """A device on which one operation is off by a share of its result, or by another each time."""
+
+    def __init__(self, operation: str, error: float, *, each_time: bool = False) -> None:
+        super().__init__()
+        self.operation, self.error, self.each_time = operation, error, each_time
+
+    def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Carry out an operation, with the fault."""
+        out = super().compute(func, args, kwargs)
+        if func._overloadpacket.__name__ != self.operation:
+            return out
+        self.error *= 1.01 if self.each_time else 1
+        return out * (1 + self.error)
+
+
 def _in_memory(t: Any) -> Any:
     return t.memory if isinstance(t, OnDevice) else t
 

@@ -7,7 +7,7 @@ import torch
 
 from niels_gpt import ModelConfig
 from niels_gpt.run import selfcheck
-from tests.metal import DEVICE, Metal
+from tests.metal import DEVICE, Faulty, Metal
 
 SMALL = ModelConfig(T=16, C=8, L=1, H=2, d_ff=8)
 
@@ -15,21 +15,6 @@ SMALL = ModelConfig(T=16, C=8, L=1, H=2, d_ff=8)
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(selfcheck, "MODEL", SMALL)
-
-
-class Wrong(Metal):
-    """A device on which one operation is off by a share of its result, or by another each time."""
-
-    def __init__(self, operation, error, *, each_time=False):
-        super().__init__()
-        self.operation, self.error, self.each_time = operation, error, each_time
-
-    def compute(self, func, args, kwargs):
-        out = super().compute(func, args, kwargs)
-        if func._overloadpacket.__name__ != self.operation:
-            return out
-        self.error *= 1.01 if self.each_time else 1
-        return out * (1 + self.error)
 
 
 def failed(device):
@@ -42,22 +27,22 @@ def test_a_device_that_does_as_the_cpu_passes():
 
 
 def test_rounding_passes():
-    assert failed(Wrong("bmm", 1e-6)) == set()
+    assert failed(Faulty("bmm", 1e-6)) == set()
 
 
 def test_wrong_products_are_noticed():
-    found = failed(Wrong("bmm", 0.1))
+    found = failed(Faulty("bmm", 0.1))
     assert {"gradients as on the CPU", "the next byte as on the CPU"} <= found
     assert "gradients, twice" not in found
 
 
 def test_sums_in_another_order_each_time_are_noticed():
-    found = failed(Wrong("mm", 1e-6, each_time=True))
+    found = failed(Faulty("mm", 1e-6, each_time=True))
     assert found == {"gradients, twice", "4 steps of adamw, twice", "4 steps of muon, twice"}
 
 
 def test_wrong_masks_are_noticed():
-    assert "dropout masks as on the CPU" in failed(Wrong("bitwise_xor", 1))
+    assert "dropout masks as on the CPU" in failed(Faulty("bitwise_xor", 1))
 
 
 def test_the_command_tells_the_verdict(niels):
