@@ -3,8 +3,20 @@
 The names below are imported on first use, so that `import niels_gpt` alone loads no torch.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+if sys.version_info < (3, 11):  # noqa: UP036  # in a clone, nothing has checked it before
+    sys.stderr.write(
+        "error: niels_gpt needs Python 3.11 or newer, and "
+        f"{sys.executable} is Python {'.'.join(map(str, sys.version_info[:3]))}: "
+        "use a newer one, for example from python.org\n"
+    )
+    raise SystemExit(2)
+if sys.platform == "win32":
+    sys.stderr.write("error: niels_gpt runs on macOS and Linux; on Windows, run it inside WSL\n")
+    raise SystemExit(2)
 
 if TYPE_CHECKING:
     from niels_gpt.checkpoint import load_state, save_state
