@@ -28,7 +28,7 @@ DROPOUT = {"adamw": 0.1, "muon": 0.0}
 # Two blocks of rows and of queries; more than 32,766 parameters.
 MODEL = {"T": 70, "C": 64, "L": 1, "H": 2, "d_ff": 96}
 TRAIN = {
-    **{"B": 40, "total_steps": 4, "warmup_steps": 0, "log_every": 1},
+    **{"B": 30, "total_steps": 4, "warmup_steps": 0, "log_every": 1},
     **{"eval_every": 2, "eval_steps": 1, "ckpt_every": 1},
 }
 
@@ -38,8 +38,8 @@ START = [*NEW, "--out", "{run}"]
 SWEEP = ["sweep", "--config", "{config}", *TEXTS, "--set", "train.total_steps=1"]
 ONCE = ["--iterations", "1"]
 COMMANDS = {
-    "train": [*START, "--set", "train.total_steps=2"],
-    "resume": [*START, "--resume", "latest", "--no-sample"],
+    "train": [*START, "--set", "train.total_steps=2", "--no-sample"],
+    "resume": [*START, "--resume", "latest"],
     "from": [*NEW, "--from", "{ckpt}", "--out", "{run}/new", "--no-sample"],
     "dry run": [*NEW, "--dry-run"],
     "evaluate": ["evaluate", "--ckpt", "{ckpt}", *TEXTS],
@@ -112,6 +112,7 @@ def test_every_command_keeps_the_rules(home, name):
 
 def test_the_selfcheck_keeps_the_rules(monkeypatch):
     monkeypatch.setattr(selfcheck, "MODEL", ModelConfig(**MODEL, dropout=0.1))
+    monkeypatch.setattr(selfcheck, "STEPS", 1)
     with Metal() as metal:
         result = CliRunner().invoke(main, ["selfcheck", "--device", "mps"])
     assert result.exit_code == 0, result.output
@@ -121,7 +122,7 @@ def test_the_selfcheck_keeps_the_rules(monkeypatch):
 
 def test_the_library_keeps_the_rules(home):
     home.command("train")
-    numbers = {"B": 40, "T": 70, "device": str(DEVICE), "eval_steps": 1, "seed": 1}
+    numbers = {"B": 30, "T": 70, "device": str(DEVICE), "eval_steps": 1, "seed": 1}
     with Metal() as metal:
         state = open_checkpoint(home.places["ckpt"], DEVICE).state
         model, optimizer = to_modules(state)
@@ -141,7 +142,7 @@ def test_a_run_begins_with_a_check_of_the_device(home):
 def test_a_run_on_a_device_that_does_not_repeat_its_bits_begins_with_a_warning(home, tmp_path):
     words = [word.format(**{**home.places, "run": tmp_path}) for word in COMMANDS["train"]]
     with Faulty("mm", 1e-6, each_time=True):
-        result = CliRunner().invoke(main, [*words, "--device", "mps", "--no-sample"])
+        result = CliRunner().invoke(main, [*words, "--device", "mps"])
     assert result.exit_code == 0, result.output
     (warning,) = (line for line in result.stderr.splitlines() if line.startswith("warning: "))
     assert f"{DEVICE}: gradients, twice: " in warning
