@@ -9,12 +9,14 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.files.durable import write_durably
-from niels_gpt.files.names import METRICS
+from niels_gpt.files.names import LATEST, METRICS
 from niels_gpt.run.metrics import Record, read_metrics
 
 if TYPE_CHECKING:
@@ -27,7 +29,11 @@ INSTALL = 'for a picture: pip install "niels-gpt[plot]"'
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX"
 
+STEEP = 0.1  # of the x axis: only losses after it have to fit into the picture
+GREY = "#555555"
+
 Points = list[tuple[float, float]]
+_End = tuple[float, float, str]  # of a curve: x, y, colour
 
 
 class Curves(NamedTuple):
@@ -38,6 +44,7 @@ class Curves(NamedTuple):
     val: Points
     lr: Points
     source: str = "wiki"  # of the validation text
+    others: Mapping[str, Points] = MappingProxyType({})  # by source: other validation texts
 
 
 class AxisX(NamedTuple):
@@ -95,28 +102,30 @@ def curves(records: Iterable[Record], x: str, label: str, *, where: str = "the l
     if wrong := [
         (r["step"], field, r[field])
         for r in records
-        for field in (axis.field, "loss", "lr", _val_field(r))
+        for field in (axis.field, "loss", "lr", *_val_fields(r))
         if field in r and not isinstance(r[field], int | float)
     ]:
         step, field, value = wrong[0]
         raise ValueError(f"{where}: step {step} has {field!r}: {value!r}, which is not a number")
 
-    def points(kind: str, field_of: Callable[[Record], str]) -> Points:
+    def points(kind: str, field: str) -> Points:
         return [
-            (r[axis.field] / axis.unit, r[field_of(r)])
+            (r[axis.field] / axis.unit, r[field])
             for r in records
-            if r.get("kind") == kind and field_of(r) in r
+            if r.get("kind") == kind and field in r
         ]
 
-    train, lr = points("train", lambda r: "loss"), points("train", lambda r: "lr")
-    judges = [_val_field(r) for r in records if r.get("kind") == "eval"]
-    source = judges[-1].removeprefix("val_").removesuffix("_loss") if judges else "wiki"
-    return Curves(label, train, points("eval", _val_field), lr, source)
+    fields = dict.fromkeys(field for r in records for field in _val_fields(r))
+    vals = {field[len("val_") : -len("_loss")]: points("eval", field) for field in fields}
+    judges = [own[0] for r in records if (own := _val_fields(r))]
+    source = judges[-1][len("val_") : -len("_loss")] if judges else "wiki"
+    val = vals.pop(source, [])
+    return Curves(label, points("train", "loss"), val, points("train", "lr"), source, vals)
 
 
-def _val_field(record: Record) -> str:
-    """Return the field of an evaluation that has its loss, such as val_wiki_loss."""
-    return next((f for f in record if f.startswith("val_") and f.endswith("_loss")), "")
+def _val_fields(record: Record) -> list[str]:
+    """Return the fields with the loss of a validation text, that of every evaluation first."""
+    return [field for field in record if field.startswith("val_") and field.endswith("_loss")]
 
 
 def run_name(file: Path) -> str:
@@ -132,6 +141,42 @@ def distinct_labels(labels: Sequence[str]) -> list[str]:
         seen[label] = number = seen.get(label, 0) + 1
         distinct.append(f"{label} ({number})" if labels.count(label) > 1 else label)
     return distinct
+
+
+def facts_of(path: Path) -> list[str]:
+    """Return lines on the model and the text of a run, from its latest.pt; none without one."""
+    from niels_gpt.checkpoint import read_checkpoint
+
+    file = metrics_file(path)
+    if file.name != METRICS:
+        return []  # a copy, away from its run
+    try:
+        found = read_checkpoint(file.with_name(LATEST))
+        return facts(*found.configs, (found.sources or {}).get("train", ()))
+    except (ValueError, OSError):
+        return []
+
+
+def facts(model: ModelConfig, train: TrainConfig, sources: Iterable[str]) -> list[str]:
+    """Return lines on a model and on the text that it is trained on."""
+    from niels_gpt.model.flops import parameter_count
+
+    shares = {name: train.p_train.get(name, 0.0) for name in sources}
+    whole = sum(shares.values()) or 1.0
+    largest = sorted(shares.items(), key=lambda item: -item[1])
+    text = ", ".join(f"{name} {share / whole:.0%}" for name, share in largest if share)
+    return [
+        f"{parameter_count(model):,} parameters: {model.L} blocks of width {model.C}, context "
+        f"{model.T}; {train.optimizer}, {train.total_steps:,} steps of {train.B} rows",
+        *([f"text: {text}"] if text else []),
+    ]
+
+
+def title_of(runs: Sequence[Path], labels: Sequence[str]) -> list[str]:
+    """Return the lines of a title: the names of the runs, and the facts that all share."""
+    first, *others = map(facts_of, runs)
+    shared = [line for line in first if all(line in facts for facts in others)]
+    return [labels[0] if not others else f"{len(labels)} runs", *shared]
 
 
 # --- as a table --------------------------------------------------------------------------------
@@ -185,9 +230,23 @@ def have_matplotlib() -> bool:
     return True
 
 
-def save(runs: Sequence[Curves], x: str, paths: Iterable[Path]) -> None:
-    """Draw the runs into files; see `save_figure`."""
-    save_figure(lambda: draw(runs, x), paths)
+def save(
+    runs: Sequence[Curves],
+    x: str,
+    paths: Iterable[Path],
+    *,
+    title: Sequence[str] = (),
+    whole: bool = False,
+) -> None:
+    """Draw the runs into files; see `draw` and `save_figure`."""
+    save_figure(lambda: draw(runs, x, title=title, whole=whole), paths)
+
+
+def default_pictures(runs: Sequence[Path]) -> list[Path]:
+    """Return where the picture of these runs goes: beside the log, or above several folders."""
+    folders = [metrics_file(path).absolute().parent for path in runs]
+    folder = Path(os.path.commonpath(folders))
+    return [folder / "loss.png", folder / "loss.svg"]
 
 
 def check_paths(paths: Iterable[Path]) -> None:
@@ -252,26 +311,128 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def draw(runs: Sequence[Curves], x: str) -> Figure:
-    """Draw the losses of all runs above their learning rates, 8 by 5.5 inches."""
+def draw(
+    runs: Sequence[Curves], x: str, *, title: Sequence[str] = (), whole: bool = False
+) -> Figure:
+    """Draw the losses of all runs above their learning rates, 8 by 5.5 inches.
+
+    Args:
+        title: its lines, the first one bold.
+        whole: show also the steep start, which is cut off where it would flatten all else.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     several = len(runs) > 1
-    for number, run in enumerate(runs):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        upper.plot(
-            *_xy(run.train), color=colour, alpha=0.45, lw=1.2, label="" if several else "training"
-        )
-        name = _legend_text(run.label) if several else f"validation ({run.source})"
-        upper.plot(*_xy(run.val), color=colour, lw=2, marker=marker, ms=5, label=name)
-        dashes = (6, 2 * number) if number else ()  # equal rates stay visible
-        lower.plot(*_xy(run.lr), color=colour, lw=1.5, dashes=dashes)
+    ends = [_draw_run(upper, lower, run, n, several=several) for n, run in enumerate(runs)]
+    _limit_axes(upper, lower, runs, whole=whole)
+    _write_values(upper, [end for losses, _ in ends for end in losses], "{:.3f}", 0.05)
+    rates = [end for _, own in ends for end in own]
+    if several and len({rate for _, rate, _ in rates}) == 1:
+        rates = [(*max(rates)[:2], GREY)]
+    _write_values(lower, rates, "{:.2g}", 0.16)
     judges = ", ".join(dict.fromkeys(run.source for run in runs))
-    upper.legend(loc="best", title=f"validation ({judges}); thin: training" if several else None)
+    heading = f"validation ({judges}); thin: training" if several else None
+    upper.legend(loc="best", title=heading)
     _label_axes(upper, lower, X_AXES[x].label)
+    if title:
+        write_title(figure, upper, title)
     return figure
+
+
+def _draw_run(
+    upper: Axes, lower: Axes, run: Curves, number: int, *, several: bool
+) -> tuple[list[_End], list[_End]]:
+    """Draw a run; return the ends of its losses and of its rates that are worth a figure."""
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    thin = "" if several else "training"
+    upper.plot(*_xy(run.train), color=colour, alpha=0.45, lw=1.2, label=thin)
+    name = _legend_text(run.label) if several else f"validation ({run.source})"
+    upper.plot(*_xy(run.val), color=colour, lw=2, marker=marker, ms=5, label=name)
+    ends = [(run.val, colour), *([] if several else [(run.train, colour)])]
+    for place, (source, points) in enumerate(run.others.items(), 1):
+        own = colour if several else COLOURS[place % len(COLOURS)]
+        label = "" if several else f"validation ({source})"
+        mark = MARKERS[place % len(MARKERS)]
+        upper.plot(*_xy(points), color=own, lw=1.2, ls="--", marker=mark, ms=4, label=label)
+        ends += [] if several else [(points, own)]
+    dashes = (6, 2 * number) if number else ()  # equal rates stay visible
+    lower.plot(*_xy(run.lr), color=colour, lw=1.5, dashes=dashes)
+    losses = [(*points[-1], own) for points, own in ends if points]
+    return losses, [(*run.lr[-1], colour)] if run.lr else []
+
+
+def _limit_axes(upper: Axes, lower: Axes, runs: Sequence[Curves], *, whole: bool) -> None:
+    """Leave room for the last values, and cut off a steep start."""
+    curves = [c for run in runs for c in (run.train, run.val, *run.others.values())]
+    losses = [point for curve in curves for point in curve]
+    if not losses:
+        return
+    first, last = min(losses)[0], max(losses)[0]
+    span = last - first or 1.0
+    lower.set_xlim(first - 0.02 * span, last + 0.1 * span)
+    low, high = loss_range(losses, whole=whole)
+    upper.set_ylim(low, high)
+    if (highest := max(y for _, y in losses)) > high:
+        seen = min(x for x, y in losses if y <= high)
+        axes_x, text = upper.get_xaxis_transform(), f"from {highest:.2f}"
+        upper.text(seen + 0.02 * span, 0.98, text, transform=axes_x, va="top", size=9, color=GREY)
+
+
+def loss_range(losses: Points, *, whole: bool) -> tuple[float, float]:
+    """Return the limits of the y axis: of all losses, or of those after the steep start.
+
+    It is cut off if it takes more than a third of the height.
+    """
+    first, last = min(losses)[0], max(losses)[0]
+    low, high = min(y for _, y in losses), max(y for _, y in losses)
+    late = max(y for x, y in losses if x >= first + STEEP * (last - first))
+    top = late if not whole and high - low > 1.5 * (late - low) and late > low else high
+    margin = 0.06 * (top - low) or 0.1
+    return low - margin, top + margin
+
+
+def _write_values(axes: Axes, ends: Sequence[_End], style: str, gap: float) -> None:
+    """Write the last value of each curve at its end, `gap` of the height apart."""
+    low, high = axes.get_ylim()
+    room = gap * (high - low)
+    places = apart([y for _, y, _ in ends], room, floor=low + room / 2)
+    for (x, y, colour), place in zip(ends, places, strict=True):
+        axes.annotate(
+            style.format(y),
+            (x, place),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            size=10,
+            color=colour,
+        )
+
+
+def apart(values: Sequence[float], gap: float, floor: float = -math.inf) -> list[float]:
+    """Return the closest numbers in the same order, at least `gap` apart and not below `floor`.
+
+    Least squares, by pooling neighbours (Ayer et al. 1955), of the values less their ranks' gaps.
+    """
+    order = sorted(range(len(values)), key=values.__getitem__)
+    pools: list[tuple[float, int]] = []  # mean, count
+    for rank, i in enumerate(order):
+        mean, count = values[i] - rank * gap, 1
+        while pools and pools[-1][0] > mean:
+            before, n = pools.pop()
+            mean, count = (mean * count + before * n) / (count + n), count + n
+        pools.append((mean, count))
+    means = [max(mean, floor) for mean, count in pools for _ in range(count)]
+    found = {i: means[rank] + rank * gap for rank, i in enumerate(order)}
+    return [found[i] for i in range(len(values))]
+
+
+def write_title(figure: Figure, axes: Axes, lines: Sequence[str]) -> None:
+    """Write a title over a figure, at the left: a bold line, and smaller ones over the axes."""
+    name, *others = map(_legend_text, lines)
+    figure.suptitle(name, x=0.01, ha="left", weight="bold", size=12)
+    axes.set_title("\n".join(others), loc="left", size=9, color=GREY)
 
 
 def _legend_text(label: str) -> str:
@@ -288,7 +449,6 @@ def _label_axes(upper: Axes, lower: Axes, x_label: str) -> None:
     lower.set_ylim(bottom=0)
     lower.locator_params(axis="y", nbins=4)
     lower.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
-    lower.margins(x=0.02)
 
 
 def _xy(points: Points) -> tuple[list[float], list[float]]:

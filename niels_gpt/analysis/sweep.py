@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
 from niels_gpt import optim
-from niels_gpt.analysis.plot import COLOURS, MARKERS
+from niels_gpt.analysis.plot import COLOURS, MARKERS, write_title
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.corpus import Corpus, advance
 from niels_gpt.device import available_memory
@@ -33,6 +33,7 @@ from niels_gpt.state import TrainState, make_state
 from niels_gpt.step import dropout_of_step
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 OnStep = Callable[[int, int], object]  # called with (done, total) steps of all models
@@ -351,34 +352,54 @@ def suggest(found: Sequence[Cell]) -> Suggestion | None:
     return Suggestion(best, messages)
 
 
-def draw(found: Sequence[Cell]) -> Figure:
-    """Draw the mean loss against the learning rate, a line per weight decay, seeds as bars.
+def draw(found: Sequence[Result], title: Sequence[str] = ()) -> Figure:
+    """Draw the loss against the learning rate: seeds as dots, a line per weight decay for the mean.
 
-    A rate at which a seed diverged has a cross at the top edge.
+    The ticks are the rates that were tried, and the suggestion has a ring. A rate at which a seed
+    diverged has a cross at the top edge.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for number, decay in enumerate(sorted({cell.weight_decay for cell in found})):
-        line = [c for c in found if c.weight_decay == decay and not c.diverged]
-        if not line:
-            continue
-        axes.errorbar(
-            [c.lr for c in line],
-            [c.mean for c in line],
-            [c.spread or 0.0 for c in line],
-            color=COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number % len(MARKERS)],
-            capsize=4,
-            lw=2,
-            label=f"weight decay {decay:g}",
-        )
-    if lost := sorted({c.lr for c in found if c.diverged}):
+    summary = cells(found)
+    for number, decay in enumerate(sorted({r.weight_decay for r in found})):
+        _draw_decay(axes, decay, found, number)
+    if (best := suggest(summary)) is not None:
+        ring: dict[str, Any] = {
+            "ls": "",
+            "marker": "o",
+            "ms": 15,
+            "mfc": "none",
+            "mec": "black",
+            "mew": 1.5,
+        }
+        label = f"suggested: lr {best.best.lr:g}, {best.best.mean:.3f} nats"
+        axes.plot([best.best.lr], [best.best.mean], label=label, **ring)
+    if lost := sorted({c.lr for c in summary if c.diverged}):
         on_edge = axes.get_xaxis_transform()
-        axes.plot(lost, [1] * len(lost), "kx", ms=8, transform=on_edge, label="diverged")
+        axes.plot(lost, [0.97] * len(lost), "kx", ms=8, transform=on_edge, label="diverged")
+    _label_axes(axes, sorted({r.lr for r in found}))
+    axes.legend()
+    if title:
+        write_title(figure, axes, title)
+    return figure
+
+
+def _draw_decay(axes: Axes, decay: float, found: Sequence[Result], number: int) -> None:
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    seeds = [r for r in found if r.weight_decay == decay and math.isfinite(r.val_loss)]
+    dots = [r.lr for r in seeds], [r.val_loss for r in seeds]
+    axes.plot(*dots, ls="", marker=marker, ms=5, alpha=0.6, color=colour)
+    line = [c for c in cells(found) if c.weight_decay == decay and not c.diverged]
+    label = f"weight decay {decay:g}" if line else ""
+    axes.plot([c.lr for c in line], [c.mean for c in line], color=colour, lw=2, label=label)
+
+
+def _label_axes(axes: Axes, rates: Sequence[float]) -> None:
     axes.set_xscale("log")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45 if len(rates) > 8 else 0)
+    axes.minorticks_off()
+    axes.margins(x=0.08, y=0.1)
     axes.set_xlabel("learning rate (base_lr)")
     axes.set_ylabel("validation loss (nats per byte)")
-    axes.legend()
-    return figure

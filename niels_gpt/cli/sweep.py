@@ -107,7 +107,9 @@ def main(
         return console.result({"cost": cost}, [_cost_line(cost, solo)], as_json=as_json)
     console.warn(_cost_line(cost, solo))
     with exit_on_failure(1):
-        _report(cost, _train(model_cfg, groups, corpus, start, device, solo), picture, as_json)
+        found = _train(model_cfg, groups, corpus, start, device, solo)
+        facts = plot.facts(model_cfg, cfg, corpus.train)
+        _report(cost, found, picture, facts, as_json)
 
 
 def _begin(
@@ -184,8 +186,14 @@ def _train(
     return found
 
 
-def _report(cost: Cost, found: list[Result], pictures: tuple[Path, ...], as_json: bool) -> None:
-    """Print and draw the results."""
+def _report(
+    cost: Cost,
+    found: list[Result],
+    pictures: tuple[Path, ...],
+    facts: list[str],
+    as_json: bool,
+) -> None:
+    """Print the results, and draw them under these facts about the models."""
     from niels_gpt.analysis import plot, sweep
 
     cells = sweep.cells(found)
@@ -193,7 +201,7 @@ def _report(cost: Cost, found: list[Result], pictures: tuple[Path, ...], as_json
     value = {"cost": cost, "results": found, "cells": cells, "suggestion": best}
     console.result(value, _lines(cells, best), as_json=as_json)
     if pictures:
-        plot.save_figure(lambda: sweep.draw(cells), pictures)
+        plot.save_figure(lambda: sweep.draw(found, ["sweep of learning rates", *facts]), pictures)
 
 
 def _cost_line(cost: Cost, solo: bool) -> str:

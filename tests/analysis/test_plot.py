@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from niels_gpt import ModelConfig, TrainConfig, make_state
 from niels_gpt.analysis import plot
 from niels_gpt.analysis.plot import Curves, curves, distinct_labels, read_curves, rows, table
+from niels_gpt.checkpoint import checkpoint_of, write_checkpoint
 
 
 def train_record(step, loss=2.0, lr=1e-4):
@@ -162,12 +165,16 @@ def test_pictures_are_the_same_bytes_each_time(niels, log, tmp_path):
     path = log("a", RECORDS)
     result = niels("plot", path)
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.split() == ["loss.png", "loss.svg"]
-    first = [(tmp_path / name).read_bytes() for name in ("loss.png", "loss.svg")]
+    beside = [tmp_path / "a" / name for name in ("loss.png", "loss.svg")]
+    assert result.stdout.splitlines() == [*map(str, beside)]
+    assert not [*tmp_path.glob("loss.*")]
+    first = [file.read_bytes() for file in beside]
     assert first[0].startswith(b"\x89PNG")
     assert b"<svg" in first[1]
-    niels("plot", path)
-    assert [(tmp_path / name).read_bytes() for name in ("loss.png", "loss.svg")] == first
+    niels("plot", path.parent)
+    assert [file.read_bytes() for file in beside] == first
+    niels("plot", path, log("b", RECORDS))
+    assert (tmp_path / "loss.png").exists()  # beside both
 
 
 @pytest.mark.usefixtures("needs_matplotlib")
@@ -182,7 +189,7 @@ def test_the_settings_of_the_user_change_no_picture(niels_process, log, tmp_path
     for environment in ({"MPLBACKEND": "agg"}, theirs):
         result = niels_process("plot", path, **environment)
         assert result.returncode == 0, result.stderr
-        pictures.append([(tmp_path / name).read_bytes() for name in ("loss.png", "loss.svg")])
+        pictures.append([(tmp_path / "a" / f"loss.{kind}").read_bytes() for kind in ("png", "svg")])
     assert pictures[0] == pictures[1]
 
 
@@ -203,7 +210,7 @@ def test_a_folder_that_is_not_there_is_told(niels, log):
 def test_the_picture_says_what_it_shows_and_nothing_overlaps(n):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure = plot.draw(runs(n), "steps")
+    figure = plot.draw(runs(n), "steps", title=["a run", "of a model", "on a text"])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     upper, lower = figure.axes
@@ -220,10 +227,72 @@ def test_the_picture_says_what_it_shows_and_nothing_overlaps(n):
         upper.child_axes[0].yaxis.label,
     ]
     texts += [*visible_ticks(upper.yaxis, 1), *visible_ticks(lower.yaxis, 1)]
-    texts += visible_ticks(lower.xaxis, 0)
+    texts += [*visible_ticks(lower.xaxis, 0), figure.texts[0], upper._left_title, *lower.texts]
+    texts += [text for text in upper.texts if not text.get_text().startswith("from ")]
+    assert [text.get_text() for text in (figure.texts[0], upper._left_title)] == [
+        *("a run", "of a model\non a text")
+    ]
     boxes = [t.get_window_extent() for t in texts] + [upper.get_legend().get_window_extent()]
     assert not overlaps(boxes)
     assert all(figure.bbox.containsx(b.x0) and figure.bbox.containsx(b.x1) for b in boxes)
+
+
+@pytest.mark.usefixtures("needs_matplotlib")
+def test_each_curve_has_its_last_value_at_its_end():
+    records = [*RECORDS, eval_record(3000, 1.9), {**eval_record(3500, 1.8), "val_roam_loss": 2.5}]
+    upper, lower = plot.draw([curves(records, "steps", "run")], "steps").axes
+    values = [text for text in [*upper.texts, *lower.texts] if hasattr(text, "xy")]
+    found = {text.get_text(): text.xy[0] for text in values}
+    assert found == {"2.000": 2000, "1.800": 3500, "2.500": 3500, "0.0001": 2000}
+    assert [text.get_text() for text in upper.texts if text not in values] == ["from 5.50"]
+    labels = [text.get_text() for text in upper.get_legend().get_texts()]
+    assert labels == ["training", "validation (wiki)", "validation (roam)"]
+
+
+@given(st.lists(st.floats(-10, 10), max_size=8), st.floats(0.001, 3))
+def test_values_are_written_apart_in_their_order_and_near_their_places(values, gap):
+    places = plot.apart(values, gap)
+    assert sum(places) == pytest.approx(sum(values) if places else 0, abs=1e-6)
+    assert all(place >= 1 - 1e-6 for place in plot.apart(values, gap, floor=1))
+    order = sorted(range(len(values)), key=values.__getitem__)
+    for i, j in pairwise(order):
+        assert places[j] - places[i] >= gap - 1e-6
+    if all(values[j] - values[i] > gap for i, j in pairwise(order)):
+        assert places == pytest.approx(values)
+
+
+losses = st.lists(st.floats(0.5, 20), min_size=2, max_size=30)
+
+
+@given(losses)
+def test_only_a_steep_start_is_cut_off(ys):
+    points = [*enumerate(ys)]
+    low, high = plot.loss_range(points, whole=False)
+    late = [y for x, y in points if x >= 0.1 * (len(ys) - 1)]
+    assert low < min(ys)
+    assert high > max(late)
+    assert high >= max(ys) or max(ys) - min(ys) > 1.5 * (max(late) - min(ys))
+    assert plot.loss_range(points, whole=True)[1] > max(ys)
+
+
+def test_the_title_tells_model_and_text_where_the_checkpoint_is(log, tmp_path):
+    path = log("a", RECORDS)
+    assert plot.title_of([path], ["a"]) == ["a"]
+    state = make_state(ModelConfig(T=8, C=8, L=3, H=2, d_ff=8), TrainConfig(B=4, total_steps=90))
+    one = {"origin": "folder", "bytes": 9, "sha256": "0"}
+    sources = {"train": {"wiki": one, "roam": one}, "val": {"wiki": one}}
+    write_checkpoint([tmp_path / "a" / "latest.pt"], checkpoint_of(state, sources=sources))
+    count = sum(p.numel() for p in state.params.values())
+    facts = [
+        f"{count:,} parameters: 3 blocks of width 8, context 8; adamw, 90 steps of 4 rows",
+        "text: wiki 80%, roam 20%",
+    ]
+    assert plot.title_of([path], ["a"]) == ["a", *facts]
+    copy = path.with_name("old.jsonl")
+    copy.write_bytes(path.read_bytes())
+    assert plot.title_of([copy], ["old"]) == ["old"]
+    assert plot.title_of([path, path], ["a (1)", "a (2)"]) == ["2 runs", *facts]
+    assert plot.title_of([path, copy], ["a", "old"]) == ["2 runs"]
 
 
 @pytest.mark.usefixtures("needs_matplotlib")

@@ -244,21 +244,32 @@ def test_mistakes_end_with_code_2_and_one_message(run, args, message):
     assert message in result.stderr
 
 
-def test_the_picture_has_a_point_for_each_cell_that_did_not_diverge(tmp_path):
+def test_the_picture_has_each_seed_each_mean_and_the_suggestion(tmp_path):
     pytest.importorskip("matplotlib")
     from niels_gpt.analysis import plot
 
+    def result(lr, nats, seed=1, decay=0.1):
+        return sweep.Result(lr, decay, seed, nats)
+
     found = [
-        cell(1e-3, 2.0, 0.1),
-        cell(1e-2, 1.5, 0.2),
-        cell(1e-1, math.inf),
-        cell(1e-3, 1.9, decay=0),
+        *(result(1e-3, 2.0), result(1e-3, 2.4, 2), result(1e-2, 1.5), result(1e-2, 1.7, 2)),
+        *(result(1e-1, 3.0), result(1e-1, math.nan, 2), result(1e-3, 1.9, decay=0.0)),
     ]
-    axes = sweep.draw(found).axes[0]
-    assert [len(c.lines[0].get_xdata()) for c in axes.containers] == [1, 2]
-    (crosses,) = [line for line in axes.lines if line.get_label() == "diverged"]
-    assert list(crosses.get_xdata()) == [1e-1]
-    lost = sweep.draw([cell(1e-1, math.inf), cell(1.0, math.inf)]).axes[0]
+    axes = sweep.draw(found, ["a sweep", "of models"]).axes[0]
+    drawn = [(line.get_xdata(), line.get_ydata()) for line in axes.lines]
+    assert [(list(x), list(y)) for x, y in drawn] == [
+        ([1e-3], [1.9]),  # a dot for each seed, and a line through the means
+        ([1e-3], [1.9]),
+        ([1e-3, 1e-3, 1e-2, 1e-2, 1e-1], [2.0, 2.4, 1.5, 1.7, 3.0]),
+        ([1e-3, 1e-2], [2.2, 1.6]),
+        ([1e-2], [1.6]),  # the ring of the suggestion
+        ([1e-1], [0.97]),  # the cross
+    ]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    expected = ["weight decay 0", "weight decay 0.1", "suggested: lr 0.01, 1.600 nats", "diverged"]
+    assert labels == expected
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.001", "0.01", "0.1"]
+    lost = sweep.draw([result(1e-1, math.inf), result(1.0, math.inf)]).axes[0]
     assert [text.get_text() for text in lost.get_legend().get_texts()] == ["diverged"]
     assert axes.get_xscale() == "log"
     plot.save_figure(lambda: sweep.draw(found), [tmp_path / "sweep.png"])
