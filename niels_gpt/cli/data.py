@@ -54,7 +54,7 @@ def info(config: str | None, places: Places, as_json: bool) -> None:
     Prints its location, its splits with sizes and digests, the state of the cache, and every file
     left out with the reason. Writes and downloads nothing.
     """
-    with exit_on_failure(2):
+    with exit_on_failure(2, busy="reading the text"):
         from niels_gpt.analysis.data_report import survey
 
         found = survey(_where(config, places)[2])
@@ -88,7 +88,7 @@ def build(
     """
     if rebuild:
         refuse_without_effect("with --rebuild", "verify")
-    with exit_on_failure(2):
+    with exit_on_failure(2, busy="reading the text"):
         from niels_gpt.streams import build_sources
 
         train, val = build_sources(
@@ -137,7 +137,7 @@ def sample(
 
     Shows the first rows of a step's batch, as a run with this config and text draws them.
     """
-    with exit_on_failure(2):
+    with exit_on_failure(2, busy="reading the text"):
         model_cfg, train_cfg, where = _where(config, places)
         from niels_gpt.corpus import open_corpus
 

@@ -72,7 +72,7 @@ def main(
         raise click.UsageError("--seed and --steps cannot be used with --full")
     if file is not None:
         refuse_without_effect("with --text, which is scored as it is", "skip_machine_lines")
-    with exit_on_failure(2):
+    with exit_on_failure(2, busy="reading the text"):
         from niels_gpt.analysis.score import Full, Sampled, score_checkpoint
 
         report = score_checkpoint(

@@ -78,7 +78,7 @@ def main(
     documents: the notes on which a step lowers the validation loss of the run most and least.
     """
     wanted = only or PARTS
-    with exit_on_failure(2):
+    with exit_on_failure(2, busy="reading the text"):
         from niels_gpt.analysis.replay import open_corpus_of
         from niels_gpt.checkpoint import open_checkpoint
         from niels_gpt.streams import as_recorded, locate

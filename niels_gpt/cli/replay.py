@@ -56,7 +56,7 @@ def main(
     """
     if (end is None) == (step is None):
         raise click.UsageError("give either --to PATH or --step N")
-    with exit_on_failure(2):
+    with exit_on_failure(2, busy="reading the text"):
         from niels_gpt import paths
         from niels_gpt.analysis.replay import replay_files, view_files
         from niels_gpt.streams import locate

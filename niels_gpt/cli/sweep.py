@@ -88,11 +88,10 @@ def main(
     """Train a model for each learning rate, weight decay and seed, and compare them.
 
     All models of a group are trained at once. Seeds count up from the config's; they change initial
-    weights, batches and dropout, not the text. `min_lr` keeps its ratio to the learning rate. With
-    --from, every model begins with the weights of a checkpoint.
+    weights, batches and dropout, not the text. `min_lr` keeps its ratio to the learning rate.
     """
     _refuse_without_effect(dry_run, solo)
-    with exit_on_failure(2):
+    with exit_on_failure(2, busy="reading the text"):
         from niels_gpt.analysis import plot, sweep
 
         plot.check_pictures(picture)
@@ -117,8 +116,10 @@ def _begin(
 ) -> tuple[ModelConfig, TrainConfig, Start]:
     """Load the configs; also return how a model begins: drawn, or with the weights of `parent`."""
     from niels_gpt.checkpoint import open_checkpoint
+    from niels_gpt.device import limit_threads
     from niels_gpt.state import make_state
 
+    limit_threads()
     if parent is None:
         return *load_config_from_json(find_config(config), overrides), make_state
     found = open_checkpoint(parent, device)

@@ -8,6 +8,8 @@ import json
 import math
 import os
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
@@ -16,6 +18,7 @@ import click
 
 from niels_gpt.config import Problems
 
+TICK = 1.0  # seconds between two looks at a task, so that nothing is silent for three
 USER_ERRORS = (ValueError, OSError, RuntimeError)
 
 # Control characters that a terminal would obey (cursor, bell, title) are shown as U+FFFD; in a
@@ -29,6 +32,8 @@ class Console:
 
     def __init__(self) -> None:
         self._is_line_shown = False
+        self._writing = threading.RLock()  # `busy` writes from a thread of its own
+        self.last_said = time.monotonic()
 
     @property
     def is_live(self) -> bool:
@@ -44,8 +49,11 @@ class Console:
 
     def write(self, text: str) -> None:
         """Write to stdout and flush, in any encoding."""
-        self._clear()
-        if error := _write(text, sys.stdout):
+        with self._writing:
+            self._clear()
+            error = _write(text, sys.stdout)
+            self.last_said = time.monotonic()
+        if error:
             self._lose_stdout(error)
 
     def say(self, *lines: str) -> None:
@@ -54,8 +62,10 @@ class Console:
 
     def warn(self, *lines: str) -> None:
         """Print lines on stderr, as `say`."""
-        self._clear()
-        _write("".join(f"{line.translate(_IN_A_LINE)}\n" for line in lines), sys.stderr)
+        with self._writing:
+            self._clear()
+            _write("".join(f"{line.translate(_IN_A_LINE)}\n" for line in lines), sys.stderr)
+            self.last_said = time.monotonic()
 
     def tell(self, *messages: str) -> None:
         """Print messages for the user on stderr."""
@@ -73,10 +83,40 @@ class Console:
         The last of its parts, separated by two spaces, are left off if the terminal is too narrow:
         of a line that wraps, only the last row could be removed.
         """
+        self.last_said = time.monotonic()
+        self.show_again(line)
+
+    def show_again(self, line: str) -> None:
+        """Replace the live line, but not as something that is said anew."""
         if self.is_live:
+            with self._writing:
+                self._clear()
+                _write(_fit(line.translate(_IN_A_LINE), _width(sys.stderr) - 1), sys.stderr)
+                self._is_line_shown = True
+
+    @contextlib.contextmanager
+    def busy(self, what: str) -> Iterator[Callable[[str], None]]:
+        """Show what is being done, and for how long, as the live line while nothing else is said.
+
+        Yields a function that changes what is shown.
+        """
+        task, done = Task(self, what), threading.Event()
+        if not self.is_live:
+            yield task.becomes
+            return
+
+        def watch() -> None:
+            while not done.wait(TICK):
+                task.tick()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield task.becomes
+        finally:
+            done.set()
+            watcher.join()
             self._clear()
-            _write(_fit(line.translate(_IN_A_LINE), _width(sys.stderr) - 1), sys.stderr)
-            self._is_line_shown = True
 
     def progress(self, what: str) -> Callable[[int, int], None]:
         """Return a function that shows progress as the live line, such as "row 3 of 8"."""
@@ -90,9 +130,10 @@ class Console:
             self.say(*lines)
 
     def _clear(self) -> None:
-        if self._is_line_shown:
-            self._is_line_shown = False
-            _write("\r\x1b[K", sys.stderr, as_is=True)
+        with self._writing:
+            if self._is_line_shown:
+                self._is_line_shown = False
+                _write("\r\x1b[K", sys.stderr, as_is=True)
 
     def _lose_stdout(self, error: OSError | ValueError) -> None:
         """Exit with code 0 if the reader has closed the pipe (`| head`), else with 1."""
@@ -100,6 +141,24 @@ class Console:
             sys.exit(0)
         self.fail(error)
         sys.exit(1)
+
+
+class Task:
+    """What `Console.busy` is about."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        self._console, self._what = console, what
+        self._start = time.monotonic()
+
+    def becomes(self, what: str) -> None:
+        """Go on to something else; the seconds are counted anew."""
+        self._what, self._start = what, time.monotonic()
+
+    def tick(self) -> None:
+        """Show it if nothing else was said since the last look."""
+        now = time.monotonic()
+        if now - max(self._start, self._console.last_said) >= TICK:
+            self._console.show_again(f"{self._what}  {now - self._start:.0f} s")
 
 
 class EnduringConsole(Console):
@@ -178,6 +237,7 @@ def process() -> Iterator[None]:
     _replace_closed_streams()
     # Torch warns on import if NumPy is missing; it is not needed here.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    warnings.filterwarnings("ignore", module=r"torch(\.|$)")  # about how we call it, not for users
     try:
         yield
     except KeyboardInterrupt:
@@ -211,10 +271,11 @@ class Script(click.Command):
 
 
 @contextlib.contextmanager
-def exit_on_failure(code: int) -> Iterator[None]:
-    """Exit with `code` and one message on stderr if the block fails."""
+def exit_on_failure(code: int, *, busy: str = "") -> Iterator[None]:
+    """Exit with `code` and one message on stderr if the block fails; say what it is busy with."""
     try:
-        yield
+        with console.busy(busy) if busy else contextlib.nullcontext():
+            yield
     except USER_ERRORS as error:
         console.fail(error)
         sys.exit(code)

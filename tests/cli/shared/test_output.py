@@ -11,12 +11,14 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 from collections import namedtuple
 
 import pytest
 import torch
 
-from niels_gpt.cli.shared.output import Console, describe, to_json
+from niels_gpt.cli.shared import output
+from niels_gpt.cli.shared.output import Console, Task, describe, to_json
 from tests.checkpoints import random_payload
 
 FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is full: Linux")
@@ -181,3 +183,64 @@ def test_it_is_known_whether_anyone_can_read_the_output(tmp_path, stdout, is_rea
         ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert result.stderr.split() == [str(is_read)]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands until it is set, as `clock.now`."""
+    clock = type("Clock", (), {"now": 0.0})
+    monkeypatch.setattr(output.time, "monotonic", lambda: clock.now)
+    return clock
+
+
+def test_on_a_terminal_what_takes_long_is_shown_with_its_seconds(monkeypatch, capsys, clock):
+    monkeypatch.setattr(Console, "is_live", True)
+    task = Task(Console(), "reading the text")
+    for clock.now in (0.5, 1.0, 2.0, 3.0):
+        task.tick()
+    task.becomes("measuring")
+    clock.now = 5.0
+    task.tick()
+    shown = capsys.readouterr().err.replace("\r\x1b[K", "|")
+    assert shown == (
+        "reading the text  1 s|reading the text  2 s|reading the text  3 s|measuring  2 s"
+    )
+
+
+def test_what_others_say_comes_first(monkeypatch, capsys, clock):
+    monkeypatch.setattr(Console, "is_live", True)
+    console = Console()
+    task = Task(console, "reading the text")
+    for second in range(1, 9):
+        clock.now = float(second)
+        console.progress("row")(second, 20)
+        clock.now += 0.5
+        task.tick()
+    assert "reading" not in capsys.readouterr().err
+
+
+def test_a_task_leaves_no_thread_and_no_line(monkeypatch, capsys):
+    monkeypatch.setattr(Console, "is_live", True)
+    monkeypatch.setattr(output, "TICK", 0.0)
+    shown = threading.Event()
+    monkeypatch.setattr(Task, "tick", lambda task: shown.set())
+    before = threading.active_count()
+    with contextlib.suppress(KeyError), Console().busy("thinking"):
+        assert shown.wait(60)
+        raise KeyError
+    assert threading.active_count() == before
+
+
+def test_warnings_of_torch_are_not_for_the_user(tmp_path):
+    code = (
+        "import warnings; from niels_gpt.cli.shared.output import process\n"
+        "with process():\n"
+        "    import torch\n"
+        "    for name in ('torch._inductor.x', 'torch', 'torchlike', 'niels_gpt.x'):\n"
+        "        warnings.warn_explicit('from ' + name, UserWarning, 'file.py', 1, name)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    told = [line for line in result.stderr.splitlines() if "from " in line]
+    assert told == [f"file.py:1: UserWarning: from {name}" for name in ("torchlike", "niels_gpt.x")]
