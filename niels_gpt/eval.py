@@ -29,18 +29,30 @@ class Scores(NamedTuple):
         return self._replace(val_loss=val_loss, val_step=step)
 
 
-def evaluate(state: TrainState, stream: bytes, seed: int) -> float:
+def evaluate(
+    state: TrainState, stream: bytes, seed: int, *, on_batch: Callable[[int], object] | None = None
+) -> float:
     """Return the mean cross entropy in nats over `eval_steps` batches of a stream.
 
     B, T and eval_steps come from the state's configs. The same state, stream and seed give the same
     result; nothing is changed and no global randomness is used.
 
+    Args:
+        on_batch: called with the number of finished batches, before each.
+
     Raises:
         ValueError: if the stream is shorter than T + 1.
     """
-    return _mean_loss(
-        lambda x: forward(state.params, x, state.model_cfg), batches_of(state, stream, seed)
-    )
+    batches: Iterable[Batch] = batches_of(state, stream, seed)
+    if on_batch is not None:
+        batches = _counted(batches, on_batch)
+    return _mean_loss(lambda x: forward(state.params, x, state.model_cfg), batches)
+
+
+def _counted(batches: Iterable[Batch], on_batch: Callable[[int], object]) -> Iterator[Batch]:
+    for done, batch in enumerate(batches):
+        on_batch(done)
+        yield batch
 
 
 def eval_loss_on_stream(

@@ -17,6 +17,7 @@ from niels_gpt.cli.shared.options import (
     source_options,
 )
 from niels_gpt.cli.shared.output import EnduringConsole, Script
+from niels_gpt.cli.shared.program import this_program
 from niels_gpt.run.options import TrainOptions
 
 _STEP_FUNCTIONS = ("evaluate", "make_state", "train_step")
@@ -28,7 +29,7 @@ _STEP_FUNCTIONS = ("evaluate", "make_state", "train_step")
     epilog="Example: train --config quick --text novel.txt --out checkpoints/first",
 )
 @click.option(
-    "--config", type=CONFIG, required=True, metavar="FILE", help="JSON config, or a bare name."
+    "--config", type=CONFIG, metavar="FILE", help="JSON config, or a bare name (required)."
 )
 @click.option(
     "--resume", type=FILE, metavar="PATH", help="Checkpoint to resume, or the word `latest`."
@@ -49,7 +50,9 @@ _STEP_FUNCTIONS = ("evaluate", "make_state", "train_step")
 @click.option("--allow-data-change", is_flag=True, help="Allow resuming on different text.")
 def main(**given: Any) -> None:
     """Train a byte-level GPT from a JSON config."""
-    options = TrainOptions(**given)
+    options = TrainOptions(**given, program=this_program())
+    if options.config is None and options.resume is None:
+        raise click.UsageError("Missing option '--config'; only --resume can go without it")
     if options.as_json and not options.dry_run:
         raise click.UsageError("--json requires --dry-run; a run writes metrics.jsonl")
     if options.sample_every_eval and not options.sample:

@@ -166,7 +166,7 @@ def test_a_fresh_run_moves_an_earlier_one_aside_and_nothing_else(train, tmp_path
     train("--out", out)
     (out / "mine.pt").write_bytes(b"not a file of this program")
     (out / "notes.txt").write_text("mine")
-    before = contents(out) | {"metrics.jsonl": (out / "metrics.jsonl").read_bytes()}
+    before = contents(out) | {n: (out / n).read_bytes() for n in ("metrics.jsonl", ".run.json")}
     del before["mine.pt"]
     result = train("--out", out, "--set", "train.seed=1")
     assert str(out / "earlier-001") in result.stdout

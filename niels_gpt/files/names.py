@@ -7,6 +7,7 @@ from pathlib import Path
 LATEST = "latest.pt"
 BEST = "best.pt"
 METRICS = "metrics.jsonl"
+CALL = ".run.json"  # how the run was called
 TRAIN_FIRST = "train a model first: niels-gpt train --config quick"
 
 _PERIODIC = re.compile(r"step_([0-9]{7,})\.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from niels_gpt.checkpoint import (
 )
 from niels_gpt.eval import Scores
 from niels_gpt.files import durable
-from niels_gpt.files.names import BEST, LATEST, METRICS, run_files, step_of_name
+from niels_gpt.files.names import BEST, CALL, LATEST, METRICS, run_files, step_of_name
 from niels_gpt.files.torchfile import CheckpointError
 from niels_gpt.run.metrics import MetricsFile
 from niels_gpt.run.plan import Plan
@@ -30,6 +31,7 @@ class Folder:
         self.metrics = MetricsFile(plan.out / METRICS, plan.records)
         self.good = plan.resumed.path if plan.resumed else None  # the newest good checkpoint
         self.is_saved = False  # whether the last save succeeded
+        self.has_own = False  # whether `good` holds all that this run was given
         self.environment = plan.environment  # as stored in checkpoints
         self._plan = plan
         self._console = console
@@ -45,7 +47,7 @@ class Folder:
         checkpoint = self._checkpoint(state, scores)
         try:
             if names == [LATEST] and self._is_there(checkpoint):
-                self.is_saved = True
+                self.is_saved = self.has_own = True
                 return True
             self._claim()
             self._sync_metrics()
@@ -60,7 +62,8 @@ class Folder:
                 f"the next save will retry; {self.last_good()}"
             )
             return False
-        self.is_saved, self.good = True, self.path / names[-1]
+        self.is_saved = self.has_own = True
+        self.good = self.path / names[-1]
         return True
 
     def last_good(self) -> str:
@@ -90,8 +93,12 @@ class Folder:
         durable.remove_temporaries(self.path)
         earlier = self._files_of_another_run()
         if earlier:
-            aside = durable.set_aside(self.path, [path.name for path in earlier])
+            names = [path.name for path in earlier]
+            if os.path.lexists(self.path / CALL):
+                names.append(CALL)
+            aside = durable.set_aside(self.path, names)
             self._console.say(f"moved {len(earlier)} files of an earlier run to {aside}")
+        self._keep_call()
         if kept := self.metrics.claim():
             self._console.say(f"kept the damaged {METRICS} as {kept}")
         self._claimed = True
@@ -117,6 +124,13 @@ class Folder:
             return True
         is_other_best = path.name == BEST and not self._plan.has_best
         return step > resumed.step or (is_other_best and step < resumed.step)
+
+    def _keep_call(self) -> None:
+        """Keep how the run is called; a failure does not prevent saving a checkpoint."""
+        try:
+            self._plan.call.write(self.path)
+        except OSError as error:
+            self._console.warn(f"{error.filename}: {error.strerror}; a resume must name the texts")
 
     def _sync_metrics(self) -> None:
         """Sync the metrics; a failure does not prevent saving a checkpoint."""

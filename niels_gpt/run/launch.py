@@ -7,16 +7,16 @@ Torch is imported only after the config has been validated.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_from_json
+from niels_gpt.config import find_config, load_config_from_json
 from niels_gpt.device import keep_freed_memory, limit_threads
 from niels_gpt.mix import may_choose_val, with_mix
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.stop import Stop, Stopped
 
 if TYPE_CHECKING:
-    from niels_gpt.run.origin import Origin
     from niels_gpt.run.plan import Plan
     from niels_gpt.run.progress import Console
 
@@ -27,11 +27,15 @@ def run_command(options: TrainOptions, console: Console) -> int:
     with stop.active(), contextlib.ExitStack() as locks:
         try:
             with stop.immediately():
-                plan = _prepare(options, locks)
-                if options.dry_run:
-                    from niels_gpt.run.dry_run import estimate
+                with console.busy("loading the program") as becomes:
+                    plan = _prepare(options, locks, becomes)
+                    if options.dry_run:
+                        from niels_gpt.run.dry_run import estimate
 
-                    console.result(*estimate(plan), as_json=options.as_json)
+                        becomes("measuring a few steps")
+                        found = estimate(plan)
+                if options.dry_run:
+                    console.result(*found, as_json=options.as_json)
                     return 0
         except Stopped as stopped:
             console.warn(f"stopped by {stopped} before the first step: nothing to save")
@@ -44,9 +48,13 @@ def run_command(options: TrainOptions, console: Console) -> int:
         return train(plan, options, console, stop)
 
 
-def _prepare(options: TrainOptions, locks: contextlib.ExitStack) -> Plan:
+def _prepare(
+    options: TrainOptions, locks: contextlib.ExitStack, becomes: Callable[[str], None]
+) -> Plan:
     """Validate the config before importing torch, so that mistakes are reported at once."""
-    own = None if options.parent else _configs(options)
+    own = None
+    if options.config is not None and options.parent is None:
+        own = load_config_from_json(find_config(options.config), options.overrides)
     keep_freed_memory()
     limit_threads()
     from niels_gpt.files import durable
@@ -60,18 +68,12 @@ def _prepare(options: TrainOptions, locks: contextlib.ExitStack) -> Plan:
     else:
         durable.make_folder(out)
         locks.enter_context(durable.lock_folder(out))
+    becomes("reading the checkpoint")
     origin = find_origin(options)
-    model_cfg, train_cfg = own or _configs(options, origin)
-    path = find_config(options.config)
-    any_val = may_choose_val(train_cfg, options.places, path, options.overrides)
+    becomes("reading the text")
+    model_cfg, train_cfg = own or origin.configs(options)
+    train_cfg = with_mix(train_cfg, options.places)
+    any_val = options.config is not None and may_choose_val(
+        train_cfg, options.places, find_config(options.config), options.overrides
+    )
     return make_plan(model_cfg, train_cfg, options, origin, any_val=any_val)
-
-
-def _configs(
-    options: TrainOptions, origin: Origin | None = None
-) -> tuple[ModelConfig, TrainConfig]:
-    """Load the configs; with `--from`, the model's missing values are those of its checkpoint."""
-    model = origin.parent.model_cfg if origin and origin.parent else {}
-    path = find_config(options.config)
-    model_cfg, train_cfg = load_config_from_json(path, options.overrides, model=model)
-    return model_cfg, with_mix(train_cfg, options.places)

@@ -1,13 +1,25 @@
 """Where a run begins: at nothing, at a checkpoint, or with the weights of one."""
 
+import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from niels_gpt import paths
 from niels_gpt.checkpoint import Ancestor, Checkpoint, newest_good, open_checkpoint
-from niels_gpt.config import ModelConfig, TrainConfig, to_dict
+from niels_gpt.config import (
+    ModelConfig,
+    TrainConfig,
+    apply_overrides,
+    config_from_dict,
+    find_config,
+    load_config_from_json,
+    to_dict,
+)
+from niels_gpt.device import resolve_device
 from niels_gpt.files.names import BEST
+from niels_gpt.run.call import Call, read_call
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.state import TrainState, make_state
 
@@ -25,6 +37,33 @@ class Origin(NamedTuple):
         if self.parent is not None:
             return self.parent.lineage
         return self.resumed.ancestors if self.resumed is not None else ()
+
+    def configs(self, options: TrainOptions) -> tuple[ModelConfig, TrainConfig]:
+        """Return the configs of the run, with the overrides.
+
+        Without a file they are those of the resumed checkpoint. With the weights of another, what
+        the file does not say of the model is as in that checkpoint.
+
+        Raises:
+            FileNotFoundError, ValueError: if they are invalid, with every problem.
+        """
+        if self.resumed is not None and options.config is None:
+            return _configs_in(self.resumed, options.overrides)
+        assert options.config is not None
+        model = {} if self.parent is None else self.parent.model_cfg
+        path = find_config(options.config)
+        return load_config_from_json(path, options.overrides, model=model)
+
+    def device(self, asked: str | None) -> str:
+        """Return the device to train on: as asked, else that of the run that is resumed.
+
+        Raises:
+            ValueError: if the one that was asked for is not available.
+        """
+        if asked is None and self.resumed is not None:
+            with contextlib.suppress(ValueError):
+                return resolve_device(self.resumed.environment.get("device"))
+        return resolve_device(asked)
 
     def state(self, model_cfg: ModelConfig, train_cfg: TrainConfig, device: str) -> TrainState:
         """Return the state with which the run begins.
@@ -51,6 +90,11 @@ class Origin(NamedTuple):
         if self.resumed is None:
             return []
         return [*self.skipped, *_resume_messages(self.resumed, train_cfg)]
+
+    @property
+    def call(self) -> tuple[Call, list[str]]:
+        """Return how the run that is resumed was called, and messages."""
+        return (Call(), []) if self.resumed is None else read_call(self.resumed.path.parent)
 
 
 def find_origin(options: TrainOptions) -> Origin:
@@ -89,6 +133,15 @@ def output_folder(options: TrainOptions) -> Path:
     if options.resume in (None, "latest"):
         return paths.CHECKPOINT_DIR
     return Path(options.resume).parent
+
+
+def _configs_in(resumed: Checkpoint, overrides: Sequence[str]) -> tuple[ModelConfig, TrainConfig]:
+    where = " ".join([f"the configs in {resumed.path}", *(f"--set {o}" for o in overrides)])
+    doc = {"model": resumed.model_cfg, "train": resumed.train_cfg}
+    try:
+        return config_from_dict(apply_overrides(doc, overrides), where=where, from_file=True)
+    except ValueError as error:
+        raise ValueError(f"{error}\n(--config FILE gives others)") from None
 
 
 def _check_is_file(option: str, name: str, instead: str) -> None:

@@ -15,7 +15,6 @@ import torch
 from niels_gpt.checkpoint import Ancestor, Checkpoint, SourceRecords
 from niels_gpt.config import ModelConfig, Problems, TrainConfig
 from niels_gpt.corpus import Corpus, open_corpus
-from niels_gpt.device import resolve_device
 from niels_gpt.eval import Scores
 from niels_gpt.files.names import METRICS
 from niels_gpt.files.torchfile import MAX_TENSOR_BYTES
@@ -23,6 +22,7 @@ from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.model.flops import parameter_count, step_flops
 from niels_gpt.optim import optimizer_of, to_entries
 from niels_gpt.run.best import resumed_scores
+from niels_gpt.run.call import Call, call_of, recall
 from niels_gpt.run.metrics import Record, damage_in, read_metrics, records_until
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.origin import Origin, find_origin, output_folder
@@ -46,6 +46,7 @@ class Plan(NamedTuple):
     why_compile: str  # why the step is compiled or not
     resumed: Checkpoint | None
     ancestors: tuple[Ancestor, ...]  # where the first weights come from
+    call: Call  # how the run is called, to be kept beside its checkpoints
     messages: list[str]  # for the user
 
 
@@ -57,25 +58,25 @@ def make_plan(
     *,
     any_val: bool = False,
 ) -> Plan:
-    """Validate and load everything that a run needs.
+    """Validate and load everything that a run needs; `origin` is that of the options, if open.
 
-    Args:
-        origin: that of the options, if it is already open.
-        any_val: whether the configs leave open which source decides best.pt.
+    With `any_val` the configs leave open which source decides best.pt.
 
     Raises:
         ValueError, RuntimeError, OSError: for invalid input; nothing was changed.
     """
     _check_size(model_cfg, train_cfg)
-    device = resolve_device(options.device)
     origin = origin or find_origin(options)
+    device = origin.device(options.device)
+    before, unread = origin.call
+    options = recall(options, before)
     state, resumed = origin.state(model_cfg, train_cfg, device), origin.resumed
     state, corpus = _open_text(state, options, resumed, any_val=any_val)
     inherited = inherited_compile(resumed.environment, device) if resumed else None
     compiled, why = choose_compile(options.compile, inherited, device, model_cfg, train_cfg)
     environment = describe_environment(device, compiled)
     scores, has_best, records, told = _past(resumed, options, corpus, environment)
-    messages = [*origin.messages(state.train_cfg), *told, *schedule_messages(train_cfg)]
+    told = [*origin.messages(state.train_cfg), *unread, *told, *schedule_messages(train_cfg)]
     return Plan(
         state=state,
         scores=scores,
@@ -87,7 +88,8 @@ def make_plan(
         why_compile=why,
         resumed=resumed,
         ancestors=origin.ancestors,
-        messages=[*messages, *corpus.messages],
+        call=call_of(options, before),
+        messages=[*told, *corpus.messages],
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
@@ -34,6 +35,9 @@ class Console(Protocol):
 
     def show(self, line: str) -> None:
         """Replace the live line; parts, separated by two spaces, are left off if it is too long."""
+
+    def busy(self, what: str) -> AbstractContextManager[Callable[[str], None]]:
+        """Say what is being done inside, if it takes long; yields a function that changes it."""
 
     def tell(self, *messages: str) -> None:
         """Print messages for the user."""
@@ -88,6 +92,14 @@ class Reporter:
                 f"step {step}/{self._total}  loss {metrics['loss'].item():.4f}  "
                 f"{_duration(left)} left  {speed:,.0f} bytes/s  lr {lr:.3g}"
             )
+
+    def on_batch(self, step: int, done: int) -> None:
+        """Refresh the live line during an evaluation."""
+        now = time.monotonic()
+        if self._console.is_live and now - self._shown > 0.5:
+            self._shown = now
+            batches = self._plan.state.train_cfg.eval_steps
+            self._console.show(f"step {step}/{self._total}  evaluating: batch {done} of {batches}")
 
     def on_log(self, step: int, lr: float, values: dict[str, float]) -> None:
         """Print a log line and add a record."""

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
+import time
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 
 from niels_gpt.corpus import Corpus
-from niels_gpt.data.sources import all_places, option_of
 from niels_gpt.eval import evaluate
 from niels_gpt.lr_schedule import lr_of_step
-from niels_gpt.mix import written
 from niels_gpt.run import loop
 from niels_gpt.run.compile import choose_step
+from niels_gpt.run.compile_time import expected_time, remember_time
 from niels_gpt.run.excerpt import excerpt
 from niels_gpt.run.folder import Folder
 from niels_gpt.run.loop import NonFiniteError
+from niels_gpt.run.next_steps import next_steps, resume_command
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.plan import Plan
 from niels_gpt.run.progress import Console, Reporter, say_opening
@@ -47,7 +46,7 @@ def train(plan: Plan, options: TrainOptions, console: Console, stop: Stop) -> in
     except Stopped as stopped:
         console.warn(f"stopped by {stopped}; {folder.last_good()}")
         if folder.good is not None:
-            console.warn(resume_line(options, folder))
+            console.warn(f"resume with: {resume_command(plan, options, folder)}")
         return stopped.exit_code if folder.is_saved else 1
     except (NonFiniteError, RuntimeError, MemoryError, OSError) as error:
         console.fail(error, folder.last_good())
@@ -55,7 +54,8 @@ def train(plan: Plan, options: TrainOptions, console: Console, stop: Stop) -> in
     if not saved:
         console.fail("the final save failed", folder.last_good())
         return 1
-    console.say(resume_line(options, folder))
+    for what, command in next_steps(plan, options, folder, state):
+        console.say(f"{what}:", f"  {command}")
     return 0
 
 
@@ -80,9 +80,13 @@ def _step_of(plan: Plan, folder: Folder, console: Console, stop: Stop) -> StepFu
     state, corpus, device = plan.state, plan.corpus, plan.environment["device"]
     if not plan.environment["compile"] or state.step >= state.train_cfg.total_steps:
         return train_step
-    with contextlib.suppress(Stopped), stop.immediately():
+    console.say(f"compiling the step: {expected_time(state)}")
+    with contextlib.suppress(Stopped), stop.immediately(), console.busy("compiling the step"):
+        began = time.monotonic()
         step, is_compiled = choose_step(state, corpus.batch(state.step, device), console.say)
         folder.environment = {**plan.environment, "compile": is_compiled}
+        if is_compiled:
+            remember_time(state, time.monotonic() - began)
         return step
     return train_step
 
@@ -96,7 +100,12 @@ def ports_of(
         batch=lambda step: corpus.batch(step, device),
         lr=lambda step: lr_of_step(step, cfg),
         step=step,
-        evaluate=lambda state: evaluate(state, corpus.validation, cfg.seed),
+        evaluate=lambda state: evaluate(
+            state,
+            corpus.validation,
+            cfg.seed,
+            on_batch=partial(reporter.on_batch, state.step),
+        ),
         on_step=reporter.on_step,
         on_log=reporter.on_log,
         on_eval=reporter.on_eval,
@@ -123,30 +132,3 @@ def _score_others(
                 console.show(f"scoring the validation text of {name}")
                 losses[name] = evaluate(state, stream, state.train_cfg.seed)
     return losses
-
-
-def resume_line(options: TrainOptions, folder: Folder) -> str:
-    """Return the command that resumes from the last good checkpoint, with all that was given."""
-    flags = {
-        "--compile": options.compile is True,
-        "--no-compile": options.compile is False,
-        "--allow-data-change": options.allow_data_change,
-    }
-    assert folder.good is not None
-    given = {
-        "--config": [options.config],
-        "--set": options.overrides,
-        **{option_of(name): all_places(place) for name, place in options.places.items()},
-        "--mix": [written(mix)] if (mix := getattr(options.places, "mix", None)) else [],
-        "--device": [options.device],
-        "--resume": [folder.good],
-        "--out": [folder.path] if folder.good.parent != folder.path else [],
-    }
-    words = [
-        [option, str(value)]
-        for option, values in given.items()
-        for value in values
-        if value is not None
-    ]
-    words.append([flag for flag, is_given in flags.items() if is_given])
-    return f"resume with: niels-gpt train {shlex.join(chain.from_iterable(words))}"

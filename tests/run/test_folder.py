@@ -27,9 +27,11 @@ def interrupted(train, monkeypatch):
 
 
 def resume_words(output):
-    """Return the command that an output ends with, as a shell reads it."""
+    """Return the arguments of the command with which an output says to resume."""
     (line,) = (line for line in output.splitlines() if line.startswith("resume with: "))
-    return shlex.split(line)[3:]
+    program, *words = shlex.split(line.removeprefix("resume with: "))
+    assert program == "niels-gpt"
+    return words
 
 
 def contents(folder):
@@ -44,9 +46,9 @@ def test_a_finished_run_resumed_into_another_folder_is_there(train, tmp_path, to
     a, b = (open_checkpoint(tmp_path / name / "latest.pt").state for name in "ab")
     assert b.step == total
     assert same_state(a, b)
-    assert resume_words(result.stdout)[-2:] == ["--resume", "b/latest.pt"]
-    again = train(*resume_words(result.stdout)[1:])
-    assert again.exit_code == 0, again.output
+    assert f"niels-gpt train --resume b/latest.pt --set train.total_steps={2 * total}" in (
+        result.stdout
+    )
 
 
 @pytest.mark.parametrize("name", ["step_0000003.pt", "step_0000004.pt"])
@@ -89,7 +91,7 @@ def test_a_latest_that_is_this_very_state_is_left_alone(
     result = (interrupted if stop else train)("--resume", "a/latest.pt", total_steps=total)
     assert result.exit_code == (130 if stop else 0), result.output
     assert contents(tmp_path / "a") == before
-    assert resume_words(result.output)[-2:] == ["--resume", "a/latest.pt"]
+    assert "train --resume a/latest.pt" in result.output
 
 
 def test_a_finished_run_under_another_config_records_it(train, tmp_path):
@@ -110,31 +112,66 @@ def test_where_nothing_could_be_saved_the_line_resumes_from_what_there_is(
     result = interrupted("--resume", "a/latest.pt", "--out", "b")
     assert result.exit_code == 1
     assert "last good checkpoint: a/latest.pt" in result.stderr
-    assert resume_words(result.stderr)[-4:] == ["--resume", "a/latest.pt", "--out", "b"]
+    words = resume_words(result.stderr)
+    assert words[:3] == ["train", "--resume", "a/latest.pt"]
+    assert words[-2:] == ["--out", "b"]
     fresh = interrupted("--out", "c")
     assert fresh.exit_code == 1
     assert "no checkpoint yet" in fresh.stderr
     assert "resume with" not in fresh.output
 
 
-@pytest.mark.parametrize("flag", ["--compile", "--no-compile", "--allow-data-change"])
-def test_the_line_that_resumes_has_what_was_given(train, monkeypatch, flag, texts):
-    monkeypatch.setattr(session, "choose_step", lambda state, batch, say: (train_step, True))
-    resume = ["--resume", "first/latest.pt"] if flag == "--allow-data-change" else []
-    train("--out", "first", total_steps=2)
-    monkeypatch.setattr(Corpus, "batch", signalling(Corpus.batch, 3, [SIGTERM]))
-    result = train("--out", "an out", *resume, flag, base_lr=0.01)
+@pytest.fixture
+def stopped(train, monkeypatch):
+    """Run `train ARGS`, and send SIGTERM while it draws its third batch."""
+
+    def run(*args, **changes):
+        with monkeypatch.context() as patch:
+            patch.setattr(Corpus, "batch", signalling(Corpus.batch, 3, [SIGTERM]))
+            return train(*args, **changes)
+
+    return run
+
+
+def test_the_line_that_resumes_is_enough(train, stopped, niels, tmp_path):
+    """The checkpoint has the config with what was set, and the text is found again."""
+    more = ("--set", "model.dropout=0.2", "--sample-every-eval")
+    result = stopped("--out", "an out", *more, base_lr=0.01)
     words = resume_words(result.stderr)
-    assert words[:3] == ["train", "--config", "c.json"]
+    assert words == ["train", "--resume", "an out/latest.pt", "--sample-every-eval"]
+    (tmp_path / "c.json").rename(tmp_path / "gone.json")
+    resumed = niels(*words)
+    assert resumed.exit_code == 0, resumed.output
+    (tmp_path / "gone.json").rename(tmp_path / "c.json")
+    train("--out", "whole", *more, base_lr=0.01)
+    assert contents(tmp_path / "an out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("flag", ["--compile", "--no-compile", "--allow-data-change"])
+def test_before_the_first_save_the_line_that_resumes_has_what_was_given(
+    train, interrupted, monkeypatch, flag, texts
+):
+    train("--out", "first", total_steps=2)
+
+    def full(paths, checkpoint):
+        raise OSError(28, "No space left on device", str(paths[0]))
+
+    monkeypatch.setattr(run_folder, "write_checkpoint", full)
+    monkeypatch.setattr(session, "choose_step", lambda state, batch, say: (train_step, True))
+    resume = ["--resume", "first/latest.pt", "--no-sample"]
+    result = interrupted("--out", "an out", *resume, flag, base_lr=0.01)
+    words = resume_words(result.stderr)
     for pair in (
+        ["--config", "c.json"],
         ["--set", "train.base_lr=0.01"],
         ["--wiki", str(texts / "wiki")],
         ["--notes", str(texts / "notes")],
         ["--device", "cpu"],
-        ["--resume", "an out/latest.pt"],
+        ["--resume", "first/latest.pt"],
+        ["--out", "an out"],
     ):
         assert words[words.index(pair[1]) - 1 :][:2] == pair
-    assert flag in words
-    assert [word for word in words if word.startswith("--no-") or word == "--compile"] == [
+    assert {flag, "--no-sample"} <= {*words}
+    assert [word for word in words if word.startswith("--no-c") or word == "--compile"] == [
         word for word in [flag] if "compile" in word
     ]

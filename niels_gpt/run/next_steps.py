@@ -1,0 +1,115 @@
+"""The commands to go on with after a run, in the form in which this one was called."""
+
+import shlex
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+
+from niels_gpt.data.sources import all_places, option_of
+from niels_gpt.files.names import BEST
+from niels_gpt.mix import written
+from niels_gpt.run.folder import Folder
+from niels_gpt.run.options import TrainOptions
+from niels_gpt.run.plan import Plan
+from niels_gpt.state import TrainState
+
+OWN_TEXT = (
+    "text",
+    "roam",
+    "primer",
+)  # to fine-tune on: the first beside other text
+PROMPT = "The "
+
+
+def resume_command(plan: Plan, options: TrainOptions, folder: Folder) -> str:
+    """Return the command that resumes from the newest good checkpoint; there must be one.
+
+    A checkpoint of this run holds all that it was given; before the first there is one, the command
+    has to give it again.
+    """
+    assert folder.good is not None
+    words = [*options.program.train, "--resume", shown(folder.good)]
+    if not folder.has_own:
+        words += _given(options)
+        if folder.good.parent != folder.path:
+            words += ["--out", shown(folder.path)]
+    return shlex.join([*words, *_display(options)])
+
+
+def next_steps(
+    plan: Plan, options: TrainOptions, folder: Folder, state: TrainState
+) -> list[tuple[str, str]]:
+    """Return what can be done with a finished run, and the command for it."""
+    base, train, out = options.program.base, options.program.train, shown(folder.path)
+    assert folder.good is not None
+    best = folder.path / BEST
+    model = shown(best if best.exists() else folder.good)
+    longer = f"train.total_steps={2 * state.step}"
+    steps = [
+        ("continue a text", [*base, "sample", "--ckpt", model, "--prompt", PROMPT]),
+        ("talk with it", [*base, "chat", "--ckpt", model]),
+        ("see the losses", [*base, "plot", out]),
+        ("go on longer", [*train, "--resume", shown(folder.good), "--set", longer]),
+    ]
+    text = next((name for name in OWN_TEXT if name in plan.corpus.train), None)
+    if plan.call.config is not None and text is not None and len(plan.corpus.train) > 1:
+        name = option_of(text).removeprefix("--")
+        tuned = ["--from", model, "--out", shown(folder.path / name), "--mix", f"{name}=1"]
+        config = ["--config", _shown_config(plan.call.config)]
+        device = [] if options.device is None else ["--device", options.device]
+        places = {text: plan.call.places.get(text, [])}
+        words = [*train, *config, *tuned, *_places(places), *device]
+        steps.append((f"fine-tune it on the {name} alone", words))
+    return [(what, shlex.join(words)) for what, words in steps]
+
+
+def shown(path: Path) -> str:
+    """Return a path from the current folder where that is shorter."""
+    here = Path.cwd()
+    absolute = path.absolute()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(path)
+
+
+def _given(options: TrainOptions) -> list[str]:
+    """Return the options that decide what a run does, as they were given."""
+    flags = {
+        "--compile": options.compile is True,
+        "--no-compile": options.compile is False,
+        "--allow-data-change": options.allow_data_change,
+    }
+    given: dict[str, Iterable[object]] = {
+        "--config": [options.config],
+        "--set": options.overrides,
+        "--mix": [written(mix)] if (mix := getattr(options.places, "mix", None)) else [],
+        "--device": [options.device],
+    }
+    pairs = [
+        [option, str(value)]
+        for option, values in given.items()
+        for value in values
+        if value is not None
+    ]
+    places = {
+        name: [str(path) for path in all_places(place)] for name, place in options.places.items()
+    }
+    flagged = [flag for flag, is_given in flags.items() if is_given]
+    return [*chain.from_iterable(pairs), *_places(places), *flagged]
+
+
+def _display(options: TrainOptions) -> list[str]:
+    """Return the options that only change what is printed, which no checkpoint holds."""
+    flags = {"--no-sample": not options.sample, "--sample-every-eval": options.sample_every_eval}
+    return [flag for flag, is_given in flags.items() if is_given]
+
+
+def _places(places: dict[str, list[str]]) -> list[str]:
+    return [
+        word
+        for name, paths in places.items()
+        for path in paths
+        for word in (option_of(name), shown(Path(path)))
+    ]
+
+
+def _shown_config(config: str) -> str:
+    return shown(Path(config)) if Path(config).is_absolute() else config
