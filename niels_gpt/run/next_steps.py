@@ -1,7 +1,7 @@
 """The commands to go on with after a run, in the form in which this one was called."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -13,11 +13,7 @@ from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.plan import Plan
 from niels_gpt.state import TrainState
 
-OWN_TEXT = (
-    "text",
-    "roam",
-    "primer",
-)  # to fine-tune on: the first beside other text
+OWN_TEXT = ("text", "roam", "primer")  # to fine-tune on, where there is other text
 PROMPT = "The "
 
 
@@ -51,8 +47,8 @@ def next_steps(
         ("see the losses", [*base, "plot", out]),
         ("go on longer", [*train, "--resume", shown(folder.good), "--set", longer]),
     ]
-    text = next((name for name in OWN_TEXT if name in plan.corpus.train), None)
-    if plan.call.config is not None and text is not None and len(plan.corpus.train) > 1:
+    text = _to_tune_on(plan.corpus.train)
+    if plan.call.config is not None and text is not None:
         name = option_of(text).removeprefix("--")
         tuned = ["--from", model, "--out", shown(folder.path / name), "--mix", f"{name}=1"]
         config = ["--config", _shown_config(plan.call.config)]
@@ -61,6 +57,13 @@ def next_steps(
         words = [*train, *config, *tuned, *_places(places), *device]
         steps.append((f"fine-tune it on the {name} alone", words))
     return [(what, shlex.join(words)) for what, words in steps]
+
+
+def _to_tune_on(trained: Collection[str]) -> str | None:
+    """Return a text to fine-tune on: one's own, or else the dialogues, unless that was the text."""
+    if len(trained) > 1:
+        return next((name for name in OWN_TEXT if name in trained), None)
+    return None if "primer" in trained else "primer"
 
 
 def shown(path: Path) -> str:

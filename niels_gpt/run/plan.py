@@ -67,8 +67,7 @@ def make_plan(
     """
     _check_size(model_cfg, train_cfg)
     origin = origin or find_origin(options)
-    device = origin.device(options.device)
-    before, unread = origin.call
+    device, (before, unread) = origin.device(options.device), origin.call
     options = recall(options, before)
     state, resumed = origin.state(model_cfg, train_cfg, device), origin.resumed
     state, corpus = _open_text(state, options, resumed, any_val=any_val)

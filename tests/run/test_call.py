@@ -87,13 +87,25 @@ def test_a_text_that_is_gone_is_named(niels, half, texts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"places": 3}', '{"places": {"wiki": "x", "moon": ["x"]}}', "\0"]
+    ("text", "told"),
+    [
+        ("", True),
+        ("[]", False),
+        ("{", True),
+        ('{"places": 3}', False),
+        ('{"places": {"wiki": "x", "moon": ["x"]}}', False),
+        ("\0", True),
+    ],
 )
-def test_a_damaged_file_is_no_call(niels, half, tmp_path, text):
-    (tmp_path / "half" / ".run.json").write_text(text)
-    call, told = read_call(tmp_path / "half")
+def test_a_damaged_file_is_no_call(tmp_path, text, told):
+    (tmp_path / ".run.json").write_text(text)
+    call, messages = read_call(tmp_path)
     assert call == Call()
-    assert bool(told) == (not text.startswith(("[", '{"')))
+    assert [str(tmp_path) in message for message in messages] == [True] * told
+
+
+def test_a_run_whose_call_is_damaged_asks_for_its_text(niels, half, tmp_path):
+    (tmp_path / "half" / ".run.json").write_text("{")
     result = niels("train", "--resume", "half/step_0000004.pt")
     assert result.exit_code == 2  # the default wiki is another text
     assert "the text differs" in result.stderr

@@ -61,7 +61,7 @@ def test_what_a_script_prints_is_pasted_into_a_shell(texts, tmp_path):
         script.chmod(0o755)
     (tmp_path / "c.json").write_text(json.dumps(TINY))
     command = f"bin/train --config c.json --wiki {texts / 'wiki'} --device cpu --out out"
-    more = ' --set train.total_steps=2 --set \'train.p_train={"wiki":0.9,"primer":0.1}\''
+    more = " --set train.total_steps=2 --mix wiki=1"
 
     def bash(line):
         return subprocess.run(
