@@ -52,7 +52,7 @@ def test_an_excerpt_has_the_length_that_is_said():
     assert 0 < len(excerpt(state)) <= LENGTH
 
 
-@given(st.binary(max_size=60))
+@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
 def test_what_a_terminal_obeys_is_not_in_it(text):
     shown = readable(text)
     assert all(c.isprintable() or c in "\n\t" for c in shown)
