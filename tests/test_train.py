@@ -437,7 +437,7 @@ def test_a_name_that_the_streams_encoding_lacks_does_not_silence_it(niels_proces
     result = niels_process(*args, PYTHONIOENCODING="ascii")
     assert result.returncode == 0, result.stderr
     assert "files: ?\n" in result.stdout
-    assert "resume with" in result.stdout
+    assert "--resume '?/latest.pt'" in result.stdout
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full: Linux")

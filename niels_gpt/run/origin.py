@@ -10,6 +10,7 @@ from niels_gpt import paths
 from niels_gpt.checkpoint import Ancestor, Checkpoint, newest_good, open_checkpoint
 from niels_gpt.config import (
     ModelConfig,
+    Problems,
     TrainConfig,
     apply_overrides,
     config_from_dict,
@@ -141,7 +142,8 @@ def _configs_in(resumed: Checkpoint, overrides: Sequence[str]) -> tuple[ModelCon
     try:
         return config_from_dict(apply_overrides(doc, overrides), where=where, from_file=True)
     except ValueError as error:
-        raise ValueError(f"{error}\n(--config FILE gives others)") from None
+        problems = error.lines if isinstance(error, Problems) else (str(error),)
+        raise Problems(*problems, "--config FILE gives others") from None
 
 
 def _check_is_file(option: str, name: str, instead: str) -> None:

@@ -13,7 +13,9 @@ def losses(monkeypatch):
     """Let the evaluation after each step have a given result."""
 
     def given(by_step):
-        monkeypatch.setattr("niels_gpt.run.session.evaluate", lambda state, *_: by_step[state.step])
+        monkeypatch.setattr(
+            "niels_gpt.run.session.evaluate", lambda state, *_, **__: by_step[state.step]
+        )
 
     return given
 
