@@ -57,7 +57,7 @@ def test_the_share_of_an_absent_source_goes_to_the_others(texts, monkeypatch):
     assert (corpus.seed, corpus.B, corpus.T) == (3, 6, 20)
     assert corpus.p == {"wiki": pytest.approx(6 / 7), "primer": pytest.approx(1 / 7)}
     (message,) = corpus.messages
-    assert message.startswith("roam: left out (no notes (*.md) under ")
+    assert message.startswith("roam: left out (no notes (*.md): ")
     assert message.endswith("; the shares are now wiki 0.8571, primer 0.1429")
 
 

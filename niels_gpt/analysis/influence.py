@@ -13,7 +13,6 @@ import torch
 
 from niels_gpt.analysis.noise import OnProgress
 from niels_gpt.config import ModelConfig
-from niels_gpt.data.recipe import to_bytes
 from niels_gpt.data.roam import read_notes
 from niels_gpt.eval import eval_batches
 from niels_gpt.loss import Batch, gradients, row_slopes
@@ -135,9 +134,9 @@ def training_notes(
     root = os.path.abspath(how.place)
     notes = read_notes(how).train
     found = [
-        (os.path.relpath(path, root), data)
+        (os.path.relpath(path, root), text)
         for path, text in notes
-        if len(data := to_bytes(text)) >= max(2, min_bytes)
+        if len(text) >= max(2, min_bytes)
     ]
     if not found:
         raise ValueError(f"{root}: no notes (*.md) of at least {min_bytes} bytes")

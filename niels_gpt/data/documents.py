@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from niels_gpt.data.recipe import (
     WITHOUT_MACHINE_LINES,
+    Joined,
     Made,
     Reading,
     Recipe,
@@ -18,7 +19,6 @@ from niels_gpt.data.recipe import (
     Unavailable,
     stamp,
     tell,
-    to_bytes,
 )
 from niels_gpt.data.roam import SKIPPED_BY_DESIGN, Texts, read_texts, scan_folder
 from niels_gpt.data.split import split_by_key
@@ -80,12 +80,12 @@ def _build(files: dict[Path, File], how: Reading) -> Made:
     found = read_texts(files, "file", skip_machine_lines=how.skip_machine_lines, is_wanted=is_text)
     if lost := _lost(files, found):
         raise Unavailable("; ".join(lost))
-    documents = [(files[path].key, to_bytes(text)) for path, text in found.texts.items()]
+    documents = [(files[path].key, text) for path, text in found.texts.items()]
     train, val = split_documents(documents, val_frac=how.val_frac, seed=how.seed)
-    separator, unread = to_bytes(how.separator), {remark.path for remark in found.unread}
+    unread = {remark.path for remark in found.unread}
     return Made(
-        separator.join(train),
-        separator.join(val),
+        Joined(train, how.separator),
+        Joined(val, how.separator),
         documents=(len(train), len(val)),
         altered=found.altered,
         messages=found.messages,

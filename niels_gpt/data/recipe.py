@@ -10,7 +10,7 @@ from niels_gpt.data.text import nfc
 Documents = dict[str, list[str]]  # split -> documents
 Stamp = dict[str, Any]  # of a file; see `stamp`
 
-DOCUMENTS = 1000  # joined at a time
+PART = 1 << 20  # bytes of documents that are joined at a time
 TOLD = 3  # files named in one message
 WITHOUT_MACHINE_LINES = " without machine lines"  # ends the origin of such a text
 
@@ -38,15 +38,20 @@ class Remark(NamedTuple):
 class Joined(NamedTuple):
     """The text that `join_documents` returns, made in parts as it is written."""
 
-    docs: Sequence[str]
+    docs: Sequence[str | bytes]
     sep: str
 
     def parts(self) -> Iterator[bytes]:
-        """Yield the bytes of some documents at a time, the first after a separator if need be."""
-        for start in range(0, len(self.docs), DOCUMENTS):
-            if start:
-                yield to_bytes(self.sep)
-            yield join_documents(self.docs[start : start + DOCUMENTS], sep=self.sep)
+        """Yield the bytes of some documents and separators at a time."""
+        separator, waiting, size = to_bytes(self.sep), list[bytes](), 0
+        for i, doc in enumerate(self.docs):
+            data = to_bytes(doc)
+            if size + len(data) >= PART:
+                yield b"".join(waiting)
+                waiting, size = [], 0
+            waiting += [separator, data] if i else [data]
+            size += len(data) + len(separator)
+        yield b"".join(waiting)
 
 
 Text = bytes | Joined
@@ -92,9 +97,9 @@ class Unavailable(RuntimeError):
     """A source cannot be built; the message says why."""
 
 
-def to_bytes(text: str) -> bytes:
-    """Encode as UTF-8; a lone surrogate becomes "?"."""
-    return text.encode(errors="replace")
+def to_bytes(text: str | bytes) -> bytes:
+    """Encode as UTF-8, if that was not done; a lone surrogate becomes "?"."""
+    return text.encode(errors="replace") if isinstance(text, str) else text
 
 
 def join_documents(docs: Iterable[str], *, sep: str) -> bytes:

@@ -10,18 +10,17 @@ from typing import NamedTuple, TypeVar
 
 from niels_gpt.data.recipe import (
     WITHOUT_MACHINE_LINES,
+    Joined,
     Made,
     Reading,
     Recipe,
     Remark,
     Unavailable,
-    join_documents,
     stamp,
     tell,
-    to_bytes,
 )
 from niels_gpt.data.split import split_by_key
-from niels_gpt.data.text import decode, machine_lines, nfc, without_machine_lines
+from niels_gpt.data.text import is_blank, machine_lines, nfc, to_utf8, without_machine_lines
 
 PathT = TypeVar("PathT", bound=str | Path)
 
@@ -58,13 +57,13 @@ class Note(NamedTuple):
     """A note as it is used."""
 
     path: Path
-    text: str
+    text: bytes  # UTF-8
 
 
 class Texts(NamedTuple):
     """The texts of files without empty ones, and what reading them showed."""
 
-    texts: dict[Path, str]
+    texts: dict[Path, bytes]  # UTF-8
     unread: list[Remark]  # files that could not be read
     skipped: list[Remark]  # files that are no text
     altered: list[Remark]  # files that are not plain UTF-8
@@ -301,7 +300,7 @@ def read_texts(
     is_wanted: Callable[[bytes], bool] = lambda data: True,
 ) -> Texts:
     """Read files as text; `what` they are is for the messages."""
-    texts: dict[Path, str] = {}
+    texts: dict[Path, bytes] = {}
     unread, skipped, altered, machine = [], [], [], []
     for path in paths:
         try:
@@ -312,12 +311,12 @@ def read_texts(
         if not is_wanted(data):
             skipped.append(Remark(str(path), NO_TEXT))
             continue
-        text, problem = decode(data)
+        text, problem = to_utf8(data)
         if problem:
             altered.append(Remark(str(path), problem))
         machine += machine_lines(text)
         texts[path] = without_machine_lines(text) if skip_machine_lines else text
-    kept = {path: text for path, text in texts.items() if text.strip()}
+    kept = {path: text for path, text in texts.items() if not is_blank(text)}
     messages = _tell_texts(len(texts) - len(kept), what, machine, skip_machine_lines)
     return Texts(kept, unread, skipped, altered, messages)
 
@@ -339,18 +338,18 @@ def _split(notes: list[Note], root: Path, how: Reading) -> tuple[list[Note], lis
         val_frac=how.val_frac,
         seed=how.seed,
         root=root,
-        sizes={path: len(to_bytes(text)) for path, text in notes},
+        sizes={path: len(text) for path, text in notes},
     )
     chosen = set(val)
     return [n for n in notes if n.path not in chosen], [n for n in notes if n.path in chosen]
 
 
-def _tell_texts(empty: int, what: str, machine: list[str], skip: bool) -> list[str]:
+def _tell_texts(empty: int, what: str, machine: list[bytes], skip: bool) -> list[str]:
     messages = []
     if empty:
         messages.append(f"{empty:,} empty {what}{'s' * (empty > 1)} left out")
     if machine:
-        size = sum(len(to_bytes(line)) for line in machine)
+        size = sum(map(len, machine))
         fate = "left out" if skip else "read as text (--skip-machine-lines leaves them out)"
         messages.append(
             f"{len(machine):,} line{'s' * (len(machine) > 1)} of machine data such as embedded "
@@ -362,7 +361,7 @@ def _tell_texts(empty: int, what: str, machine: list[str], skip: bool) -> list[s
 def _build(root: Path, scan: Scan, how: Reading) -> Made:
     notes = _read(root, scan, how)
     sides = notes.train, notes.val
-    train, val = (join_documents((note.text for note in s), sep=how.separator) for s in sides)
+    train, val = (Joined([note.text for note in side], how.separator) for side in sides)
     lost = {remark.path for remark in notes.unread}
     return Made(
         train,

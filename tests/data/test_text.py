@@ -3,12 +3,22 @@
 import base64
 import codecs
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from niels_gpt.data.text import decode, machine_lines, nfc, not_utf8, without_machine_lines
+from niels_gpt.data.text import (
+    decode,
+    is_blank,
+    is_text,
+    machine_lines,
+    nfc,
+    not_utf8,
+    to_utf8,
+    without_machine_lines,
+)
 from niels_gpt.files import mapped
 
 written = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"))
@@ -77,8 +87,8 @@ DRAWING = json.dumps({"type": "line", "points": [[i, i * i] for i in range(900)]
 )
 def test_machine_lines_are_found_and_can_be_left_out(line):
     text = f"before\n{line}\nafter\n"
-    assert machine_lines(text) == [line]
-    assert without_machine_lines(text) == "before\nafter\n"
+    assert machine_lines(text.encode()) == [line.encode()]
+    assert without_machine_lines(text.encode()) == b"before\nafter\n"
 
 
 @pytest.mark.parametrize(
@@ -87,8 +97,8 @@ def test_machine_lines_are_found_and_can_be_left_out(line):
 )
 def test_what_people_write_is_no_machine_line(line):
     text = f"before\n{line}\nafter\n"
-    assert machine_lines(text) == []
-    assert without_machine_lines(text) == text
+    assert machine_lines(text.encode()) == []
+    assert without_machine_lines(text.encode()) == text.encode()
 
 
 def test_names_are_compared_in_one_form():
@@ -96,13 +106,41 @@ def test_names_are_compared_in_one_form():
     assert nfc("\udcff.md") == "\udcff.md"
 
 
+PIECES = ["a", "\ufffd", "é", "😀", "\r\n", "\r", "\n", "\0", "\u3000"]
+
+
 @given(
-    parts=st.lists(st.sampled_from([b"a", "\ufffd".encode(), b"\xff", b"\xe2\x82", "😀".encode()])),
+    mark=st.sampled_from(["", *MARKS]),
+    parts=st.lists(st.sampled_from(PIECES) | st.sampled_from([b"\xff", b"\xe2\x82", b"\xd8"])),
     size=st.integers(1, 5),
 )
-def test_what_is_not_utf8_is_counted_alike_in_parts_of_any_size(parts, size):
-    data = b"".join(parts)
-    whole = not_utf8(data)
+def test_a_file_is_the_same_text_in_parts_of_any_size(mark, parts, size):
+    encoding = mark or "utf-8"
+    encoded = (p.encode(encoding) if isinstance(p, str) else p for p in parts)
+    data = MARKS.get(mark, b"") + b"".join(encoded)
+
+    def looked_at():
+        return decode(data), not_utf8(data), is_text(data), is_blank(to_utf8(data).text)
+
+    whole = looked_at()
+    body = data.decode(encoding, "replace").removeprefix("\ufeff")
+    if not data.startswith(codecs.BOM_UTF32_LE):
+        assert whole[0].text == lines(body)
+        assert whole[3] == (not body.strip())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mapped, "CHUNK", size)
-        assert not_utf8(data) == whole
+        assert looked_at() == whole
+
+
+def test_a_note_with_an_emoji_needs_little_more_memory_than_its_bytes():
+    data = b"plain text of a note\n" * 500_000 + "😀".encode()
+    tracemalloc.start()
+    try:
+        text, _ = to_utf8(data)
+        assert machine_lines(text) == []
+        assert not is_blank(text)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert text == data
+    assert peak < 0.3 * len(data)
