@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from niels_gpt import paths
+from niels_gpt.data import cache
 from niels_gpt.data.documents import split_bytes, split_documents
 from niels_gpt.data.recipe import Reading
 from niels_gpt.data.roam import split_roam_paths
@@ -29,7 +30,9 @@ def made(*places, **changes):
     """Build without cache; return what reading showed too."""
     how = Reading(places[0], 42, "\n\n", 0.1, None, False, more=places[1:])
     (recipe,) = SOURCES["text"].recipes(how._replace(**changes))
-    return recipe.build()
+    found = recipe.build()
+    train, val = (b"".join(cache.parts(text)) for text in found[:2])
+    return found._replace(train=train, val=val)
 
 
 # --- one file, or few ----------------------------------------------------------------------------
