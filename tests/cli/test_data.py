@@ -11,7 +11,9 @@ from niels_gpt import paths, streams
 from niels_gpt.cli import main
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.corpus import open_corpus
-from niels_gpt.data import wiki
+from niels_gpt.data import cache, wiki
+from niels_gpt.files import mapped
+from niels_gpt.files.mapped import open_bytes
 from niels_gpt.step import batch_of_step
 from niels_gpt.streams import StreamBuildConfig, build_sources, locate
 from niels_gpt.tokenizer import decode
@@ -221,6 +223,25 @@ def test_rebuild_builds_anew(niels, where, root):
     assert path.stat().st_ino == before
     niels("data", "build", "--rebuild", *where)
     assert path.stat().st_ino != before
+
+
+def test_verify_finds_a_bit_that_the_disk_lost(niels, where, root, monkeypatch):
+    monkeypatch.setattr(mapped, "MAPPED_FROM", 1)
+    first = niels("data", "build", *where)
+    path = root / "data" / "cache" / "streams" / "wiki_train.bin"
+    whole = path.read_bytes()
+    path.write_bytes(b"?" + whole[1:])
+    meta = cache.read_meta(path.parent, path.stem)
+    lost = cache.Stream(open_bytes(path), meta["sha256"])
+    path.with_name("wiki_train.meta.json").write_text(json.dumps(meta | {"seal": cache.seal(lost)}))
+    assert niels("data", "build", *where).stdout == first.stdout
+    found = niels("data", "build", "--verify", *where)
+    assert "wiki_train.bin does not match the length and digest" in found.stderr
+    assert "rebuilding it" in found.stderr
+    assert found.stdout == first.stdout
+    assert path.read_bytes() == whole
+    assert niels("data", "build", "--verify", *where).stderr == ""
+    assert niels("data", "build", "--verify", "--rebuild", *where).exit_code == 2
 
 
 def test_what_is_fetched_once_needs_no_network_again(niels, root, monkeypatch):
