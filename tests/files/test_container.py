@@ -14,7 +14,7 @@ from niels_gpt.files.container import ContainerError, Member, read_member, read_
 from tests.reliability.campaign import tries
 from tests.reliability.hostile import crafted, ending, good, saved
 
-OLD = Path(__file__).with_name("plain-loop-torch-2.6.pt")  # the oldest torch that is supported
+OLD = Path(__file__).with_name("plain-loop-torch-2.6.pt")  # of an older torch than is needed
 
 
 def contents(data: bytes) -> dict[str, bytes]:
