@@ -92,7 +92,7 @@ class Home:
 def device() -> Iterator[None]:
     """Let the commands take the stand-in's device for mps."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("device", "run.plan", "analysis.replay"):
+        for module in ("device", "run.origin", "analysis.replay"):
             patch.setattr(f"niels_gpt.{module}.resolve_device", resolve)
         yield
 
