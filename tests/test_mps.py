@@ -206,7 +206,7 @@ def test_rows_of_the_embedding_are_exact():
 # --- the rules see what they forbid ---------------------------------------------------------------
 
 BROKEN = {
-    "no kernel": lambda x: torch.geqrf(x),
+    "no kernel": lambda x: torch.linalg.ldl_factor(x),
     "torch.float64": lambda x: x.double(),
     "torch.complex64": lambda x: torch.zeros(2, dtype=torch.complex64, device=x.device),
     "adds by atomics": lambda x: x.index_add(0, torch.tensor([0, 0], device=x.device), x[:2]),
@@ -235,5 +235,5 @@ def test_what_is_on_the_cpu_is_left_alone():
 def test_the_table_knows_what_mps_lacks():
     assert runs_on_mps("mm")
     assert runs_on_mps("add.Tensor")
-    assert not runs_on_mps("geqrf")
+    assert not runs_on_mps("linalg_ldl_factor_ex")
     assert not runs_on_mps("no_such_operation")

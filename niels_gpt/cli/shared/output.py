@@ -237,6 +237,8 @@ def process() -> Iterator[None]:
     _replace_closed_streams()
     # Torch warns on import if NumPy is missing; it is not needed here.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    # Torch's own forward mode warns of what torch itself uses.
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
     warnings.filterwarnings("ignore", module=r"torch(\.|$)")  # about how we call it, not for users
     try:
         yield
