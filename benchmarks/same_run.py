@@ -34,10 +34,10 @@ SHORT: Settings = {"train.total_steps": 40, "train.eval_every": 15, "train.eval_
 OFTEN: Settings = {"train.ckpt_every": 10, "train.log_every": 5, "train.warmup_steps": 5}
 
 RUNS: dict[str, tuple[str, Settings, str, bool]] = {  # config, --set, flag, killed
-    "with dropout": ("quick", TINY | SHORT | OFTEN, "--no-compile", False),
-    "killed and resumed": ("quick", TINY | SHORT | OFTEN, "--no-compile", True),
+    "with dropout": ("smoke", TINY | SHORT | OFTEN, "--no-compile", False),
+    "killed and resumed": ("smoke", TINY | SHORT | OFTEN, "--no-compile", True),
     "default model": ("smoke", SHORT | {"train.total_steps": 3}, "--no-compile", False),
-    "compiled": ("quick", TINY | SHORT | OFTEN, "--compile", False),
+    "compiled": ("smoke", TINY | SHORT | OFTEN, "--compile", False),
 }
 
 

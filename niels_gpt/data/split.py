@@ -19,8 +19,7 @@ def split_by_key(
 
     The rank of a document is the SHA-256 of (seed, key). Val takes the lowest ranks, but passes
     over documents so large that one would take most of the text from training; see `_size_limit`.
-    (Several just below the limit may together exceed it. To bound their sum would let a new
-    document move any number of others.)
+    (Not bounded: the sum of several just below the limit; a new one could then move any number.)
     Adding, removing or renaming another document does not change the rank, so such a change moves
     at most one document across the boundary, and those that the limit passes over or no longer does
     (fewer than 1 / (2 * val_frac) exceed it). With fewer than 2 documents val is empty.
