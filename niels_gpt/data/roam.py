@@ -105,9 +105,9 @@ def read_notes(how: Reading) -> Notes:
     return _read(*_find(how), how)
 
 
-def list_roam_paths(root: str | Path) -> list[Path]:
+def list_roam_paths(root: str | Path) -> list[str]:
     """List the notes below `root`: sorted absolute paths of `*.md` files (see `scan_notes`)."""
-    return scan_notes(root)[0]
+    return sorted(map(str, scan_notes(root)[0]))
 
 
 def scan_notes(root: str | Path) -> tuple[list[Path], list[Skipped]]:

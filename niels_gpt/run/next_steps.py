@@ -17,7 +17,7 @@ OWN_TEXT = ("text", "roam", "primer")  # to fine-tune on, where there is other t
 PROMPT = "The "
 
 
-def resume_command(plan: Plan, options: TrainOptions, folder: Folder) -> str:
+def resume_command(options: TrainOptions, folder: Folder) -> str:
     """Return the command that resumes from the newest good checkpoint; there must be one.
 
     A checkpoint of this run holds all that it was given; before the first there is one, the command

@@ -46,7 +46,7 @@ def train(plan: Plan, options: TrainOptions, console: Console, stop: Stop) -> in
     except Stopped as stopped:
         console.warn(f"stopped by {stopped}; {folder.last_good()}")
         if folder.good is not None:
-            console.warn(f"resume with: {resume_command(plan, options, folder)}")
+            console.warn(f"resume with: {resume_command(options, folder)}")
         return stopped.exit_code if folder.is_saved else 1
     except (NonFiniteError, RuntimeError, MemoryError, OSError) as error:
         console.fail(error, folder.last_good())

@@ -35,7 +35,7 @@ def test_notes_are_found_at_any_depth_sorted_and_absolute(tmp_path, monkeypatch)
     for name in [*names, "a/readme.txt", "md", "a/markdown", "a.md.txt"]:
         write(tmp_path / "vault", name)
     (tmp_path / "vault/folder.md").mkdir()
-    expected = sorted(tmp_path / "vault" / name for name in names)
+    expected = sorted(str(tmp_path / "vault" / name) for name in names)
     assert list_roam_paths(tmp_path / "vault") == expected
     monkeypatch.chdir(tmp_path)
     assert list_roam_paths("vault") == expected
@@ -134,7 +134,7 @@ def test_the_root_itself_may_be_hidden_or_a_link(tmp_path):
     write(tmp_path, ".roam-data/logseq/bak/vault/a.md")
     (tmp_path / "link").symlink_to(tmp_path / ".roam-data/logseq/bak/vault")
     for root in (tmp_path / ".roam-data/logseq/bak/vault", tmp_path / "link"):
-        assert list_roam_paths(root) == [root / "a.md"]
+        assert list_roam_paths(root) == [str(root / "a.md")]
 
 
 def test_a_missing_root_is_one_skipped_folder(tmp_path):

@@ -804,15 +804,19 @@ def build(folder: Path, name: str) -> None:
 
 
 def main(folder: Path) -> None:
-    """Load each file under limits of memory and, each for itself, of processor time."""
+    """Load each file under limits of memory and, each for itself, of processor time.
+
+    Prints a line for each: its name, the outcome, the message, and the processor seconds.
+    """
     if sys.platform == "linux":  # macOS does not enforce a limit of memory
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         memory = pages * resource.getpagesize() + MAX_MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     os.chdir(folder)
     for path in sorted(folder.glob("*.pt")):
-        seconds = math.ceil(time.process_time()) + MAX_SECONDS
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+        began = time.process_time()
+        limit = math.ceil(began) + MAX_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
         try:
             load_checkpoint(path, device="cpu")
             outcome = ["loaded", ""]
@@ -820,8 +824,11 @@ def main(folder: Path) -> None:
             outcome = ["refused", str(error)]
         except BaseException as error:
             outcome = [type(error).__name__, str(error)]
-        print(json.dumps([path.stem, *outcome]), flush=True)
+        seconds = round(time.process_time() - began, 3)
+        print(json.dumps([path.stem, *outcome, seconds]), flush=True)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # FOLDER [NAME ...]: the names are files to build there first
+    for name in sys.argv[2:]:
+        build(Path(sys.argv[1]), name)
     main(Path(sys.argv[1]))

@@ -14,7 +14,7 @@ from tests.reliability import hostile
 
 @pytest.fixture(scope="module")
 def results(request, tmp_path_factory) -> tuple[Path, dict[str, list[str]]]:
-    """Return the folder, and name -> outcome and message; one process tries all chosen."""
+    """Return the folder, and name -> outcome, message, seconds; one process tries all chosen."""
     folder = tmp_path_factory.mktemp("hostile")
     chosen = {
         item.callspec.params["name"]
@@ -39,7 +39,7 @@ def results(request, tmp_path_factory) -> tuple[Path, dict[str, list[str]]]:
 @pytest.mark.parametrize("name", hostile.PATTERNS)
 def test_refused_for_what_it_is(results, name):
     folder, outcomes = results
-    outcome, message = outcomes[name]
+    outcome, message, _ = outcomes[name]
     assert outcome == "refused", message
     assert message.startswith(f"{folder / name}.pt: ")
     assert message.isprintable()
