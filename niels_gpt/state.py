@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 
 from niels_gpt.config import ModelConfig, TrainConfig
-from niels_gpt.model.blocks import INITS
-from niels_gpt.model.gpt import GPT, without_storage
+from niels_gpt.model.gpt import GPT, INITS, without_storage
 from niels_gpt.optim import OptState, from_entries, optimizer_of, to_entries
 from niels_gpt.optim.trees import Tree, map_tensors
 from niels_gpt.rng import keyed_generator

@@ -1,4 +1,4 @@
-"""The README tells the truth: its script runs, its tree names every file, its table every key."""
+"""The documents tell the truth: the script runs, the tree names every file, the table every key."""
 
 import re
 
@@ -7,10 +7,12 @@ from niels_gpt.config import SECTIONS, to_dict
 from tests import ROOT
 
 README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+CONFIG = (ROOT / "docs" / "config.md").read_text()
 
 
-def blocks(language):
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+def blocks(language, document=README):
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", document, flags=re.DOTALL | re.MULTILINE)
     return [text for label, text in fenced if label == language]
 
 
@@ -24,7 +26,7 @@ def test_the_script_runs_and_learns(monkeypatch, capsys):
 
 
 def test_the_tree_names_every_file_of_the_package():
-    (tree,) = (block for block in blocks("") if "niels_gpt/\n" in block)
+    (tree,) = (block for block in blocks("", ARCHITECTURE) if "niels_gpt/\n" in block)
     for file in (ROOT / "niels_gpt").iterdir():
         if file.name in ("__init__.py", "__main__.py", "py.typed") or file.name[0] in "_.":
             continue
@@ -36,7 +38,12 @@ def test_the_tree_names_every_file_of_the_package():
 def test_every_key_of_a_config_is_in_the_table():
     for section, config in SECTIONS.items():
         for key in to_dict(config()):
-            assert re.search(rf"`({section}\.)?{key}`", README), key
+            assert re.search(rf"`({section}\.)?{key}`", CONFIG), key
+
+
+def test_the_readme_names_every_config():
+    for path in (ROOT / "configs").glob("*.json"):
+        assert f"configs/{path.name}" in README, path.name
 
 
 def test_every_command_is_in_the_table_and_has_its_page():

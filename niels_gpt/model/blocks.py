@@ -211,23 +211,3 @@ class Block(nn.Module):
         """Add the attention's branch a, then the MLP's."""
         x = x + _drop(a, keys[0], self.p, self.training)
         return x + _drop(self.mlp(self.ln2(x)), keys[1], self.p, self.training)
-
-
-def init_fan_in(module: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Initialise as `init_weights`, but scale the draws in each block to suit its width.
-
-    The matrices of a block become N(0, 1/fan-in) (LeCun et al. 1998; He et al. 2015, arXiv
-    1502.01852), so that each passes on the size of its input: the 0.02 of GPT-2 suits widths of 768
-    to 1600, and at C = 256 is a third of C**-0.5. The matrices that write to the residual stream
-    become 0, so that every block starts as the identity (Zhang et al. 2019, arXiv 1901.09321).
-    """
-    init_weights(module, generator)
-    if isinstance(module, Block):
-        with torch.no_grad():
-            for layer in (module.attn.qkv, module.mlp.fc1):
-                layer.weight.mul_(layer.in_features**-0.5 / STD)
-            for layer in (module.attn.proj, module.mlp.fc2):
-                layer.weight.zero_()
-
-
-INITS = {"normal": init_weights, "fan_in": init_fan_in}

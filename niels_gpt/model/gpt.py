@@ -14,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 from niels_gpt.config import ModelConfig
 from niels_gpt.model import dropout, rope
-from niels_gpt.model.blocks import Block, init_weights
+from niels_gpt.model.blocks import STD, Block, init_weights
 
 ORDERED_LOOKUP = ("cpu", "cuda")  # devices that sum the gradient of a lookup in a fixed order
+EMBEDDING_STD = 0.2  # of the embedding's first values, with `fan_in`
 
 
 class GPT(nn.Module):
@@ -80,6 +81,33 @@ def _embed(table: nn.Embedding, x: Tensor) -> Tensor:
         return rows
     one_hot = x.flatten()[:, None] == torch.arange(table.num_embeddings, device=x.device)
     return torch.mm(one_hot.to(table.weight.dtype), table.weight).view(*x.shape, -1)
+
+
+def init_fan_in(module: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Initialise as `init_weights`, but each tensor at the size that suits its place.
+
+    The matrices of a block become N(0, 1/fan-in) (LeCun et al. 1998; He et al. 2015, arXiv
+    1502.01852), so that each passes on the size of its input: the 0.02 of GPT-2 suits widths of 768
+    to 1600, and at C = 256 is a third of C**-0.5. The matrices that write to the residual stream
+    become 0, so that every block starts as the identity (Zhang et al. 2019, arXiv 1901.09321).
+
+    The embedding becomes N(0, 0.2) and `ln_f.weight` 0.1. The first logits stay almost the same, but
+    AdamW, which moves an element by about the learning rate, no longer replaces a table of 0.02
+    within its first updates.
+    """
+    init_weights(module, generator)
+    with torch.no_grad():
+        if isinstance(module, Block):
+            for layer in (module.attn.qkv, module.mlp.fc1):
+                layer.weight.mul_(layer.in_features**-0.5 / STD)
+            for layer in (module.attn.proj, module.mlp.fc2):
+                layer.weight.zero_()
+        elif isinstance(module, GPT):
+            module.tok_emb.weight.mul_(EMBEDDING_STD / STD)
+            module.ln_f.weight.fill_(STD / EMBEDDING_STD)
+
+
+INITS = {"normal": init_weights, "fan_in": init_fan_in}
 
 
 class _Skeletons(threading.local):

@@ -124,8 +124,8 @@ def test_the_momentum_is_a_moving_average_used_one_gradient_ahead():
     for count, grads in enumerate((one, two), start=1):
         params, opt_state = MUON.update(params, grads, opt_state, count=count, **numbers)
     (average,) = opt_state.momentum_buffer.values()
-    assert average[0, 0].item() == pytest.approx(0.95 * 0.05 - 0.05 * 0.7)  # above zero
-    # 0.95 * average - 0.05 * 0.7 is below zero, so the second update takes the first one back
+    assert average[0, 0].item() == pytest.approx(0.9 * 0.1 - 0.1 * 0.7)  # above zero
+    # 0.9 * average - 0.1 * 0.7 is below zero, so the second update takes the first one back
     assert params["blocks.0.mlp.fc1.weight"].abs().max() < 0.05
 
 
