@@ -91,8 +91,8 @@ def init_fan_in(module: nn.Module, generator: torch.Generator | None = None) -> 
     to 1600, and at C = 256 is a third of C**-0.5. The matrices that write to the residual stream
     become 0, so that every block starts as the identity (Zhang et al. 2019, arXiv 1901.09321).
 
-    The embedding becomes N(0, 0.2) and `ln_f.weight` 0.1. The first logits stay almost the same, but
-    AdamW, which moves an element by about the learning rate, no longer replaces a table of 0.02
+    The embedding becomes N(0, 0.2) and `ln_f.weight` 0.1. The first logits stay about the same,
+    but AdamW, which moves an element by about the learning rate, no longer replaces a table of 0.02
     within its first updates.
     """
     init_weights(module, generator)

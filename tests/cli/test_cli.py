@@ -76,7 +76,10 @@ def test_an_unknown_command_is_told(niels):
         ("niels-gpt ch", ["chat", "checkpoint"]),
         ("niels-gpt checkpoint ", ["info", "verify", "diff", "export"]),
         ("niels-gpt train --resume ", [""]),  # "file," lets the shell complete file names
-        ("niels-gpt train --config ", ["", "quick", "smoke", "train"]),
+        (
+            "niels-gpt train --config ",
+            ["", *sorted(p.stem for p in (ROOT / "configs").glob("*.json"))],
+        ),
         ("niels-gpt data info --config sm", ["sm", "smoke"]),
         ("niels-gpt sweep --set train.b", ["train.base_lr="]),
         ("niels-gpt plot --x ", ["steps", "bytes", "hours"]),
