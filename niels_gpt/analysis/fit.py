@@ -283,8 +283,8 @@ def _reasons_of_run(choices: Sequence[Choice], texts: Mapping[str, Text]) -> dic
 def _reasons_of_schedule(cfg: TrainConfig, best: Choice) -> dict[str, str]:
     nats, low, high = best.expected
     return {
-        "lr": f"{cfg.base_lr:g}, to 0 at the end; the best rate measured at "
-        f"C={scaling.LR_WIDTH} is {scaling.LR:g}, and falls as C^-{scaling.LR_FALL:g}",
+        "lr": f"{cfg.base_lr:g}, to 0 at the end; the rate of the law's runs, "
+        f"{scaling.LR:g} at C={scaling.LR_WIDTH}, falling as C^-{scaling.LR_FALL:g}",
         "warmup": f"{cfg.warmup_steps:,} steps, a tenth",
         "loss": f"{nats:.2f} nats per byte ({nats / math.log(2):.2f} bits) on Wikipedia, "
         f"between {low:.2f} and {high:.2f}",
