@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -25,7 +26,7 @@ from niels_gpt.config import load_config_from_json
 from niels_gpt.device import keep_freed_memory
 from niels_gpt.run import launch, session
 from niels_gpt.run.options import TrainOptions
-from niels_gpt.step import train_step
+from niels_gpt.step import loop_step
 
 WARMUP = 3
 
@@ -55,6 +56,21 @@ def memory(side: str, config: Path, steps: int, compiled: bool) -> None:
     _print(peak_bytes=_peak_bytes(), faults_per_step=(_page_faults() - before) / steps)
 
 
+@main.command("step")
+@click.argument("side", type=click.Choice(SIDES))
+@click.option("--config", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--steps", type=click.IntRange(1), default=20)
+def median_step(side: str, config: Path, steps: int) -> None:
+    """Median seconds of an eager step."""
+    step = make_side(side, *load_config_from_json(config))
+    taken = []
+    for _ in range(WARMUP + steps):
+        started = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - started)
+    _print(seconds_per_step=statistics.median(taken[WARMUP:]))
+
+
 @main.command()
 @click.option("--config", required=True)
 @click.option("--steps", type=click.IntRange(2), default=20)
@@ -64,11 +80,11 @@ def loop(config: str, steps: int) -> None:
 
     def timed_step(*args: Any) -> Any:
         started = time.perf_counter()
-        result = train_step(*args)
+        result = loop_step(*args)
         calls.append((started, time.perf_counter()))
         return result
 
-    with patch.object(session, "train_step", timed_step), tempfile.TemporaryDirectory() as out:
+    with patch.object(session, "loop_step", timed_step), tempfile.TemporaryDirectory() as out:
         total = WARMUP + steps
         settings = {"total_steps": total, "eval_every": total, "ckpt_every": total, "eval_steps": 1}
         overrides = tuple(f"train.{key}={value}" for key, value in settings.items())

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from benchmarks.imperative import ImperativeGPT, imperative_step, make_optimizer
-from niels_gpt import make_state, train_step
+from niels_gpt import make_state
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.loss import Batch
 from niels_gpt.run.compile import compile_step
+from niels_gpt.step import loop_step
 
 Side = Callable[[], object]
 
@@ -45,7 +46,7 @@ def imperative_side(
 def our_side(model_cfg: ModelConfig, train_cfg: TrainConfig, *, compiled: bool = False) -> Side:
     state = make_state(model_cfg, train_cfg)
     batch = random_batch(model_cfg, train_cfg)
-    update = compile_step() if compiled else train_step
+    update = compile_step() if compiled else loop_step
 
     def step() -> None:
         nonlocal state

@@ -15,7 +15,7 @@ from niels_gpt.loss import Batch
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.rng import keyed_generator
 from niels_gpt.state import TrainState
-from niels_gpt.step import StepFunction, batch_of_step, train_step
+from niels_gpt.step import StepFunction, batch_of_step, loop_step
 from niels_gpt.streams import SourceInfo, StreamBuildConfig
 
 
@@ -131,7 +131,7 @@ def next_batch(state: TrainState, corpus: Corpus) -> Batch:
 
 
 def advance(
-    state: TrainState, corpus: Corpus, step: StepFunction = train_step
+    state: TrainState, corpus: Corpus, step: StepFunction = loop_step
 ) -> tuple[TrainState, dict[str, Tensor]]:
     """Take a run's next step, as the training loop does."""
     return step(state, next_batch(state, corpus), lr_of_step(state.step, state.train_cfg))

@@ -15,6 +15,9 @@ from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc malloc.h
 
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how OpenMP's threads wait for each other
+SPINS, SPINS_BUSY = 2000, 0  # before a thread that waits gives up its processor
+
 OWN_CGROUPS = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -113,6 +116,18 @@ def limit_threads() -> None:
 
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > available_processors():
         torch.set_num_threads(available_processors())
+
+
+def share_processors() -> None:
+    """Have OpenMP's threads wait for each other in a way that leaves processors to other programs.
+
+    GNU's OpenMP has a thread that waits for the others spin for a long time, and so hold a
+    processor that one of them needs if the machine is busy with something else. It reads the
+    variable when torch is loaded. No bit of a result depends on it, and one that is set stays.
+    """
+    if os.environ.keys().isdisjoint(WAITING):
+        busy = os.getloadavg()[0] > available_processors() / 2
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS_BUSY if busy else SPINS)
 
 
 def _cgroup_folders(controller: str) -> Iterator[Path]:

@@ -3,6 +3,8 @@
 import os
 import platform
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -167,3 +169,52 @@ def test_a_run_limits_its_threads(cgroups, niels, texts, monkeypatch):
     result = niels("train", *words, *sets, "--set", "train.eval_steps=1", "--dry-run")
     assert result.exit_code == 0, result.stderr
     assert torch.get_num_threads() == 1
+
+
+# --- waiting ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("load", "spins"), [(0.0, device.SPINS), (3.0, device.SPINS_BUSY)])
+def test_threads_wait_more_politely_on_a_busy_machine(monkeypatch, load, spins):
+    monkeypatch.setattr(device, "available_processors", lambda: 2)
+    monkeypatch.setattr(device.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "environ", {})
+    device.share_processors()
+    assert os.environ == {"GOMP_SPINCOUNT": str(spins)}
+
+
+@pytest.mark.parametrize("name", device.WAITING)
+def test_a_way_of_waiting_that_is_chosen_already_stays(monkeypatch, name):
+    monkeypatch.setattr(os, "environ", {name: "PASSIVE"})
+    device.share_processors()
+    assert os.environ == {name: "PASSIVE"}
+
+
+TWO_THREADS = """
+import sys
+from niels_gpt.device import share_processors
+share_processors()
+import torch
+from niels_gpt import ModelConfig, TrainConfig, make_state, train_step
+from niels_gpt.optim.trees import to_vector
+torch.set_num_threads(2)
+state = make_state(ModelConfig(T=64, C=64, L=1, H=2, d_ff=256), TrainConfig(B=8))
+x = torch.arange(8 * 64).view(8, 64) % 251
+for _ in range(2):
+    state, _ = train_step(state, (x, (x + 1) % 251), 0.01)
+print(to_vector(state.params).view(torch.uint8).tolist())
+"""
+
+
+def test_no_bit_depends_on_how_threads_wait():
+    without = {name: value for name, value in os.environ.items() if name not in device.WAITING}
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", TWO_THREADS],
+            env={**without, **way},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for way in ({}, {"GOMP_SPINCOUNT": "0"}, {"OMP_WAIT_POLICY": "ACTIVE"})
+    }
+    assert len(found) == 1

@@ -33,7 +33,7 @@ from niels_gpt.optim import optimizer_of
 from niels_gpt.optim.clip import clip_by_global_norm
 from niels_gpt.optim.trees import map_tensors
 from niels_gpt.rng import keyed_generator
-from niels_gpt.step import batch_of_step, dropout_of_step
+from niels_gpt.step import batch_of_step, dropout_of_step, loop_step
 from tests import ROOT
 from tests.strategies import model_configs, train_configs
 from tests.test_state import imperative_step
@@ -128,6 +128,24 @@ def test_the_grad_mode_around_a_step_does_not_matter(context):
         got, _ = train_step(state, batch, 0.01)
     assert same_state(got, expected)
     assert not any(t.requires_grad for t in tensors(got).values())
+
+
+@given(model_configs(), train_configs(), st.integers(1, 3), st.sampled_from(["adamw", "muon"]))
+@settings(max_examples=15)
+def test_the_loops_step_has_the_bits_of_the_step(model_cfg, train_cfg, B, optimizer):
+    """In several blocks of rows too; its arguments are unchanged, and no graph is kept."""
+    state = trained_state(model_cfg, **{**vars(train_cfg), "optimizer": optimizer})
+    batch, before = random_batch(B, model_cfg.T), copy_of(state)
+    expected, metrics = train_step(state, batch, 0.01)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("niels_gpt.loss.ROW_BLOCK", max(1, (B - 1) * model_cfg.T))
+        in_blocks, _ = train_step(state, batch, 0.01)
+        assert same_state(loop_step(state, batch, 0.01)[0], in_blocks)
+    got, got_metrics = loop_step(state, batch, 0.01)
+    assert same_state(got, expected)
+    assert all(same_bits(got_metrics[name], value) for name, value in metrics.items())
+    assert same_state(state, before)
+    assert not any(t.requires_grad for t in [*tensors(got).values(), *got_metrics.values()])
 
 
 def test_nothing_waits_for_the_device():

@@ -20,7 +20,7 @@ from niels_gpt.model.flops import parameter_count, step_flops
 from niels_gpt.run.dry_run import duration, size
 from niels_gpt.run.plan import COMPILE_FLOPS, choose_compile
 from niels_gpt.state import make_state
-from niels_gpt.step import train_step
+from niels_gpt.step import loop_step
 
 Clock = Callable[[], float]
 
@@ -106,7 +106,7 @@ def _seconds_of_step(cfg: ModelConfig, corpus: Corpus, B: int, device: str, cloc
     text, seconds = replace(corpus, B=B), []
     for k in range(3):
         started = clock()
-        state, metrics = train_step(state, text.batch(k, device), 1e-3)
+        state, metrics = loop_step(state, text.batch(k, device), 1e-3)
         metrics["loss"].item()  # waits for the device
         seconds.append(clock() - started)
     return min(seconds[1:])

@@ -144,15 +144,18 @@ def distinct_labels(labels: Sequence[str]) -> list[str]:
 
 
 def facts_of(path: Path) -> list[str]:
-    """Return lines on the model and the text of a run, from its latest.pt; none without one."""
+    """Return lines on the config, model and text of a run, from its folder; none without one."""
     from niels_gpt.checkpoint import read_checkpoint
+    from niels_gpt.run.call import read_call
 
     file = metrics_file(path)
     if file.name != METRICS:
         return []  # a copy, away from its run
     try:
         found = read_checkpoint(file.with_name(LATEST))
-        return facts(*found.configs, (found.sources or {}).get("train", ()))
+        config = read_call(file.parent)[0].config
+        named = [f"config {Path(config).stem}"] if config else []
+        return [*named, *facts(*found.configs, (found.sources or {}).get("train", ()))]
     except (ValueError, OSError):
         return []
 

@@ -29,7 +29,7 @@ from niels_gpt.run.compile import compile_step
 from niels_gpt.run.metrics import Record, damage_in, read_metrics
 from niels_gpt.run.plan import data_changes, describe_environment, environment_changes
 from niels_gpt.state import TrainState, make_state
-from niels_gpt.step import StepFunction, dropout_of_step, train_step
+from niels_gpt.step import StepFunction, dropout_of_step, loop_step
 from niels_gpt.streams import StreamBuildConfig, as_recorded
 
 OnStep = Callable[[int], object]  # called with the number of finished updates
@@ -37,7 +37,7 @@ OnStep = Callable[[int], object]  # called with the number of finished updates
 
 def step_of(checkpoint: Checkpoint) -> StepFunction:
     """Return the step function of a run, compiled if the checkpoint says so."""
-    return compile_step() if checkpoint.environment.get("compile") else train_step
+    return compile_step() if checkpoint.environment.get("compile") else loop_step
 
 
 # --- two states, bit by bit --------------------------------------------------------------------

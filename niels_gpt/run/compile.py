@@ -20,6 +20,7 @@ from niels_gpt.step import (
     StepFunction,
     UpdateFunction,
     dropout_of_step,
+    loop_step,
     train_step,
 )
 
@@ -78,10 +79,10 @@ def choose_step(
         difference = step_difference(state, batch, parts)
     except Exception as error:  # compilers may raise anything
         say(f"compile: failed, using the eager step: {type(error).__name__}: {_first_line(error)}")
-        return train_step, False
+        return loop_step, False
     if not difference <= TOLERANCE:
         say(f"compile: not used; the compiled step differs by {difference:.1e} from the eager one")
-        return train_step, False
+        return loop_step, False
     say(f"compile: used; the compiled step differs by {difference:.1e} from the eager one")
     return partial(train_step, gradients=gradients, update=update), True
 

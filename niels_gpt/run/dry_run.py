@@ -21,7 +21,7 @@ from niels_gpt.model.flops import parameter_count, step_flops
 from niels_gpt.run.compile import choose_step
 from niels_gpt.run.plan import Plan
 from niels_gpt.state import TrainState
-from niels_gpt.step import StepFunction, train_step
+from niels_gpt.step import StepFunction, loop_step
 
 TIMED_STEPS = 2
 
@@ -45,6 +45,7 @@ def costs(plan: Plan) -> dict[str, Any]:
     seconds_per_eval = cfg.eval_steps * _seconds(lambda: _evaluate_once(plan))
     steps = max(0, cfg.total_steps - plan.state.step)
     evals = _evaluations(cfg, plan.state.step)
+    others = len(plan.corpus.val) - 1 if evals else 0  # each is scored once, at the end
     size = checkpoint_bytes(plan, state)
     files = periodic_checkpoints(cfg) + 2  # latest.pt and best.pt
     return {
@@ -53,9 +54,10 @@ def costs(plan: Plan) -> dict[str, Any]:
         "text_bytes_per_step": cfg.B * model_cfg.T,
         "steps": steps,
         "evaluations": evals,
+        "other_texts": others,
         "seconds_per_step": seconds_per_step,
         "seconds_per_evaluation": seconds_per_eval,
-        "seconds": steps * seconds_per_step + evals * seconds_per_eval,
+        "seconds": steps * seconds_per_step + (evals + others) * seconds_per_eval,
         "memory_bytes": peak_memory_bytes() + metal_memory() + size,
         "memory_here_bytes": available_memory(),
         "checkpoint_bytes": size,
@@ -101,7 +103,7 @@ def _time_steps(plan: Plan) -> tuple[TrainState, float]:
 
 def _step_function(plan: Plan) -> StepFunction:
     if not plan.environment["compile"]:
-        return train_step
+        return loop_step
     batch = plan.corpus.batch(plan.state.step, plan.environment["device"])
     return choose_step(plan.state, batch, lambda line: None)[0]
 
@@ -142,13 +144,15 @@ def _source_lines(plan: Plan) -> list[str]:
 
 def _cost_lines(c: dict[str, Any]) -> list[str]:
     gflops = c["flops_per_step"] / 1e9
-    steps, evals = c["steps"] * c["seconds_per_step"], c["evaluations"]
+    steps, evals, others = c["steps"] * c["seconds_per_step"], c["evaluations"], c["other_texts"]
+    scoring = (evals + others) * c["seconds_per_evaluation"]
     return [
         f"{'parameters':<14}{c['parameters']:,}",
         f"{'one step':<14}{c['text_bytes_per_step']:,} bytes of text, {gflops:,.1f} GFLOP, "
         f"{c['seconds_per_step']:.3g} s here ({gflops / c['seconds_per_step']:,.0f} GFLOP/s)",
         f"{'time':<14}about {duration(c['seconds'])}: {c['steps']:,} steps {duration(steps)}, "
-        f"{evals:,} evaluations {duration(evals * c['seconds_per_evaluation'])}",
+        f"{evals:,} evaluations{f' and {others} more of other texts' * bool(others)} "
+        f"{duration(scoring)}",
         f"{'memory':<14}about {size(c['memory_bytes'])} of the {size(c['memory_here_bytes'])} here",
         f"{'disk':<14}{size(c['checkpoint_bytes'])} a checkpoint, {c['checkpoint_files']:,} files "
         f"and one being written: {size(c['disk_bytes'])} of the {size(c['disk_free_bytes'])} free",

@@ -21,7 +21,7 @@ from niels_gpt.run.compile import TOLERANCE
 from niels_gpt.run.plan import Plan
 from niels_gpt.run.progress import Console
 from niels_gpt.state import TrainState, make_state
-from niels_gpt.step import batch_of_step, dropout_of_step, train_step
+from niels_gpt.step import batch_of_step, dropout_of_step, loop_step
 
 STEPS = 4
 MODEL = ModelConfig(T=128, C=128, L=2, H=4, d_ff=512)
@@ -113,7 +113,7 @@ def _steps(cfg: TrainConfig, device: str) -> tuple[TrainState, Tree]:
     """Take a few steps; return the state after them and the losses."""
     state, losses = make_state(MODEL, cfg, device), []
     for step in range(STEPS):
-        state, metrics = train_step(state, _batch(step, device), LR)
+        state, metrics = loop_step(state, _batch(step, device), LR)
         losses.append(metrics["loss"])
     return state, {"losses": torch.stack(losses)}
 

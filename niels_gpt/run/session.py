@@ -23,7 +23,7 @@ from niels_gpt.run.progress import Console, Reporter, say_opening
 from niels_gpt.run.selfcheck import check_start
 from niels_gpt.run.stop import Stop, Stopped
 from niels_gpt.state import TrainState
-from niels_gpt.step import StepFunction, train_step
+from niels_gpt.step import StepFunction, loop_step
 
 
 def train(plan: Plan, options: TrainOptions, console: Console, stop: Stop) -> int:
@@ -79,7 +79,7 @@ def _step_of(plan: Plan, folder: Folder, console: Console, stop: Stop) -> StepFu
     """
     state, corpus, device = plan.state, plan.corpus, plan.environment["device"]
     if not plan.environment["compile"] or state.step >= state.train_cfg.total_steps:
-        return train_step
+        return loop_step
     console.say(f"compiling the step: {expected_time(state)}")
     with contextlib.suppress(Stopped), stop.immediately(), console.busy("compiling the step"):
         began = time.monotonic()
@@ -88,11 +88,11 @@ def _step_of(plan: Plan, folder: Folder, console: Console, stop: Stop) -> StepFu
         if is_compiled:
             remember_time(state, time.monotonic() - began)
         return step
-    return train_step
+    return loop_step
 
 
 def ports_of(
-    plan: Plan, folder: Folder, reporter: Reporter, stop: Stop, step: StepFunction = train_step
+    plan: Plan, folder: Folder, reporter: Reporter, stop: Stop, step: StepFunction = loop_step
 ) -> loop.Ports:
     """Connect the loop to the plan's batches and learning rates, the folder and the reporter."""
     cfg, corpus, device = plan.state.train_cfg, plan.corpus, plan.environment["device"]

@@ -174,13 +174,13 @@ class Machine:
     """A clock on which a step takes `update` seconds and `row` seconds a row."""
 
     def __init__(self, monkeypatch, row, update):
-        self.now, step = 0.0, fit.train_step
+        self.now, step = 0.0, fit.loop_step
 
         def timed(state, batch, lr):
             self.now += update + row * len(batch[0])
             return step(state, batch, lr)
 
-        monkeypatch.setattr(fit, "train_step", timed)
+        monkeypatch.setattr(fit, "loop_step", timed)
         monkeypatch.setattr(fit, "MEASURED", ((32, 1), (64, 1)))
 
     def __call__(self):

@@ -15,6 +15,7 @@ from niels_gpt import ModelConfig, TrainConfig, make_state
 from niels_gpt.analysis import plot
 from niels_gpt.analysis.plot import Curves, curves, distinct_labels, read_curves, rows, table
 from niels_gpt.checkpoint import checkpoint_of, write_checkpoint
+from niels_gpt.run.call import Call
 
 
 def train_record(step, loss=2.0, lr=1e-4):
@@ -275,7 +276,7 @@ def test_only_a_steep_start_is_cut_off(ys):
     assert plot.loss_range(points, whole=True)[1] > max(ys)
 
 
-def test_the_title_tells_model_and_text_where_the_checkpoint_is(log, tmp_path):
+def test_the_title_tells_config_model_and_text_where_the_checkpoint_is(log, tmp_path):
     path = log("a", RECORDS)
     assert plot.title_of([path], ["a"]) == ["a"]
     state = make_state(ModelConfig(T=8, C=8, L=3, H=2, d_ff=8), TrainConfig(B=4, total_steps=90))
@@ -293,6 +294,8 @@ def test_the_title_tells_model_and_text_where_the_checkpoint_is(log, tmp_path):
     assert plot.title_of([copy], ["old"]) == ["old"]
     assert plot.title_of([path, path], ["a (1)", "a (2)"]) == ["2 runs", *facts]
     assert plot.title_of([path, copy], ["a", "old"]) == ["2 runs"]
+    Call(config="/somewhere/mine.json").write(path.parent)
+    assert plot.title_of([path], ["a"]) == ["a", "config mine", *facts]
 
 
 @pytest.mark.usefixtures("needs_matplotlib")

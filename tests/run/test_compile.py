@@ -15,6 +15,7 @@ from niels_gpt.optim.trees import tree_difference
 from niels_gpt.run import compile as compiled
 from niels_gpt.run.compile import choose_step, compile_step
 from niels_gpt.run.plan import choose_compile, inherited_compile
+from niels_gpt.step import loop_step
 from tests.training import same_state, tensors
 
 MODEL = ModelConfig(T=8, C=8, L=1, H=2, d_ff=8, dropout=0.2)
@@ -75,7 +76,7 @@ def test_what_differs_or_fails_is_not_used_and_that_is_said(
     )
     said = []
     step, is_compiled = choose_step(state, batch, said.append)
-    assert step is train_step
+    assert step is loop_step
     assert not is_compiled
     assert word in said[0]
     assert "\n" not in said[0]

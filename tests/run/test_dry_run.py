@@ -61,9 +61,10 @@ def test_costs_hold_together(texts, tmp_path, optimizer):
     c = costs(plan)
     assert c["parameters"] == sum(p.numel() for p in plan.state.params.values())
     assert c["text_bytes_per_step"] == 32
-    assert (c["steps"], c["evaluations"]) == (100, 4)
+    assert (c["steps"], c["evaluations"], c["other_texts"]) == (100, 4, len(plan.corpus.val) - 1)
+    assert c["other_texts"] >= 1
     assert c["seconds"] == pytest.approx(
-        100 * c["seconds_per_step"] + 4 * c["seconds_per_evaluation"]
+        100 * c["seconds_per_step"] + (4 + c["other_texts"]) * c["seconds_per_evaluation"]
     )
     assert c["seconds_per_step"] > 0
     held = torch.zeros(1).nbytes * 3 * c["parameters"]

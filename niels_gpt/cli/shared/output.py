@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import click
 
 from niels_gpt.config import Problems
+from niels_gpt.device import share_processors
 
 TICK = 1.0  # seconds between two looks at a task, so that nothing is silent for three
 USER_ERRORS = (ValueError, OSError, RuntimeError)
@@ -258,6 +259,7 @@ class Script(click.Command):
 
     def main(self, *args: Any, **more: Any) -> Any:
         """Do it all, the completion of a shell included."""
+        share_processors()
         with process():
             return super().main(*args, **more)
 
