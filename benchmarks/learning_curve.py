@@ -84,20 +84,21 @@ def validation_loss(model: ImperativeGPT, stream: bytes, cfg: TrainConfig, *, T:
 @click.command()
 @click.option("--config", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--wiki", type=click.Path(exists=True, file_okay=False), required=True)
-@click.option("--roam", type=click.Path(exists=True, file_okay=False), required=True)
+@click.option("--roam", type=click.Path(exists=True, file_okay=False))
 @click.option("--steps", type=click.IntRange(1), default=400, show_default=True)
 @click.option("--seed", type=int, default=42, show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
 @click.option("--threads", type=click.IntRange(1), help="Default: torch's own choice.")
 def main(
-    config: Path, wiki: str, roam: str, steps: int, seed: int, out: Path, threads: int | None
+    config: Path, wiki: str, roam: str | None, steps: int, seed: int, out: Path, threads: int | None
 ) -> None:
     """Train the plain loop and write its validation curve."""
     if threads:
         torch.set_num_threads(threads)
     model_cfg, cfg = load_config_from_json(config)
     cfg = replace(cfg, seed=seed)
-    folders = StreamBuildConfig(wiki_root=wiki, roam_root=roam)
+    notes = {"roam_root": roam} if roam else {}
+    folders = StreamBuildConfig(wiki_root=wiki, **notes)
     train, val = build_train_val_sources(model_cfg, cfg, build_cfg=folders)
     curve = learning_curve(model_cfg, cfg, train, val["wiki"], steps=steps)
     with out.open("w", encoding="utf-8") as file:

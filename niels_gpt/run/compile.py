@@ -1,19 +1,23 @@
 """The step with parts compiled by `torch.compile`, checked before use.
 
-The compiled parts are `block_gradients`, from outside the `torch.func` transform (inside is
-rejected), once per block shape, and `optim.update`. The loop over blocks stays eager.
+The compiled parts are a block of the model, one for all L, because they differ in their weights
+alone, and `optim.update`. What is around them stays eager: the embedding, the last products and the
+loop over blocks of rows.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from niels_gpt import optim
-from niels_gpt.loss import Batch, block_gradients, gradients
-from niels_gpt.optim.trees import tree_difference
+from niels_gpt.config import ModelConfig
+from niels_gpt.loss import Batch, direct_block_gradients, gradients
+from niels_gpt.model.blocks import Block
+from niels_gpt.model.gpt import GPT, without_storage
+from niels_gpt.optim.trees import Tree, tree_difference
 from niels_gpt.state import TrainState
 from niels_gpt.step import (
     GradientFunction,
@@ -35,8 +39,20 @@ def compile_step() -> StepFunction:
 
 def compile_parts() -> tuple[GradientFunction, UpdateFunction]:
     """Return `gradients` and `optim.update`, compiled."""
-    of_block = torch.compile(block_gradients, dynamic=False, fullgraph=True)
+    forward: Callable[..., Any] = torch.compile(Block.forward, dynamic=False, fullgraph=True)
     of_numbers = torch.compile(optim.update, dynamic=False, fullgraph=True)
+
+    @cache
+    def with_compiled_blocks(cfg: ModelConfig) -> GPT:
+        model = without_storage(cfg).eval()
+        for block in model.blocks:
+            block.forward = partial(forward, block)
+        return model
+
+    def of_block(
+        params: Tree, block: Batch, keys: Tensor | None, model: GPT, B: int
+    ) -> tuple[Tree, Tensor]:
+        return direct_block_gradients(params, block, keys, with_compiled_blocks(model.cfg), B)
 
     def update(*trees: Any, count: int, lr: float | Tensor, **fixed: Any) -> Any:
         """Pass values that change every step as tensors: numbers would be compiled in."""
