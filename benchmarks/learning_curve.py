@@ -97,8 +97,7 @@ def main(
         torch.set_num_threads(threads)
     model_cfg, cfg = load_config_from_json(config)
     cfg = replace(cfg, seed=seed)
-    notes = {"roam_root": roam} if roam else {}
-    folders = StreamBuildConfig(wiki_root=wiki, **notes)
+    folders = StreamBuildConfig(places={"wiki": wiki, **({"roam": roam} if roam else {})})
     train, val = build_train_val_sources(model_cfg, cfg, build_cfg=folders)
     curve = learning_curve(model_cfg, cfg, train, val["wiki"], steps=steps)
     with out.open("w", encoding="utf-8") as file:
