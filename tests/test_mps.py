@@ -51,7 +51,7 @@ COMMANDS = {
     "noise": ["inspect", "--ckpt", "{ckpt}", *TEXTS, "--only", "noise", "--batches", "1"],
     "sharpness": ["inspect", "--ckpt", "{ckpt}", *TEXTS, "--only", "sharpness", *ONCE],
     "influence": ["inspect", "--ckpt", "{ckpt}", *TEXTS, "--only", "documents"],
-    "sweep": [*SWEEP, "--lr", "1e-3,2e-3"],
+    "sweep": [*SWEEP, "--lr", "1e-3,2e-3", "--together"],
     "sweep one by one": [*SWEEP, "--lr", "1e-3", "--solo"],
 }
 TEXT = bytes(range(256))

@@ -230,6 +230,7 @@ class Cost(NamedTuple):
 
     models: int
     groups: int
+    solo: bool  # one model after another
     bytes_at_once: int
     seconds_per_step: float  # of the first group
     seconds_per_step_alone: float  # of the same models one by one
@@ -242,19 +243,25 @@ def cost(
     corpus: Corpus,
     device: str,
     *,
-    solo: bool,
+    solo: bool | None,
 ) -> Cost:
-    """Estimate the cost of a sweep of these groups by timing a few steps both ways."""
+    """Estimate the cost of a sweep of these groups by timing a few steps both ways.
+
+    Args:
+        solo: whether to train one model after another; None: if that is faster.
+    """
     first = parts[0]
     stacked = stack([make_state(model_cfg, cfg, device) for cfg in first])
     state = make_state(model_cfg, first[0], device)
     together = _seconds(lambda: advance_all(stacked, first, corpus)[1].sum().item())
     alone = _seconds(lambda: advance(state, corpus)[1]["loss"].item()) * len(first)
+    solo = alone < together if solo is None else solo
     models = sum(len(part) for part in parts)
     steps = first[0].total_steps * models / len(first)
     return Cost(
         models=models,
         groups=len(parts),
+        solo=solo,
         bytes_at_once=member_bytes(model_cfg, first[0].B) * (1 if solo else len(first)),
         seconds_per_step=together,
         seconds_per_step_alone=alone,

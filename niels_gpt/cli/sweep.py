@@ -66,7 +66,11 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> li
     metavar="GB",
     help="Memory limit (default: half of what is available).",
 )
-@click.option("--solo", is_flag=True, help="Train one model after another, without vmap.")
+@click.option(
+    "--solo/--together",
+    default=None,
+    help="One model after another, or all at once by vmap (default: what is faster here).",
+)
 @click.option("--dry-run", is_flag=True, help="Only estimate memory and time.")
 @click.option("--picture", type=PATH, multiple=True, metavar="FILE", help="Picture, .png or .svg.")
 @json_option()
@@ -80,14 +84,14 @@ def main(
     places: Places,
     device: str,
     memory: float | None,
-    solo: bool,
+    solo: bool | None,
     dry_run: bool,
     picture: tuple[Path, ...],
     as_json: bool,
 ) -> None:
     """Train a model for each learning rate, weight decay and seed, and compare them.
 
-    All models of a group are trained at once. Seeds count up from the config's; they change initial
+    All models of a group are trained at once where that is faster. Seeds count up from the config's; they change initial
     weights, batches and dropout, not the text. `min_lr` keeps its ratio to the learning rate.
     """
     _refuse_without_effect(dry_run, solo)
@@ -103,10 +107,10 @@ def main(
         groups = _groups(model_cfg, cfgs, memory)
         cost = sweep.cost(model_cfg, groups, corpus, device, solo=solo)
     if dry_run:
-        return console.result({"cost": cost}, [_cost_line(cost, solo)], as_json=as_json)
-    console.warn(_cost_line(cost, solo))
+        return console.result({"cost": cost}, [_cost_line(cost)], as_json=as_json)
+    console.warn(_cost_line(cost))
     with exit_on_failure(1):
-        found = _train(model_cfg, groups, corpus, start, device, solo)
+        found = _train(model_cfg, groups, corpus, start, device, cost.solo)
         facts = plot.facts(model_cfg, cfg, corpus.train)
         _report(cost, found, picture, facts, as_json)
 
@@ -128,7 +132,7 @@ def _begin(
     return model_cfg, cfg, lambda model_cfg, cfg, device: found.start_under(model_cfg, cfg)
 
 
-def _refuse_without_effect(dry_run: bool, solo: bool) -> None:
+def _refuse_without_effect(dry_run: bool, solo: bool | None) -> None:
     if dry_run:
         refuse_without_effect("with --dry-run", "picture")
     if solo:
@@ -205,11 +209,11 @@ def _report(
         plot.save_figure(lambda: sweep.draw(found, ["sweep of learning rates", *facts]), pictures)
 
 
-def _cost_line(cost: Cost, solo: bool) -> str:
+def _cost_line(cost: Cost) -> str:
     from niels_gpt.run.dry_run import duration, size
 
     ratio = cost.seconds_per_step / cost.seconds_per_step_alone
-    way = "one by one" if solo else f"in {cost.groups} group{'s' if cost.groups > 1 else ''}"
+    way = "one by one" if cost.solo else f"in {cost.groups} group{'s' if cost.groups > 1 else ''}"
     models = f"{cost.models} model{'s' if cost.models > 1 else ''}"
     return (
         f"{models} {way}: about {size(cost.bytes_at_once)} of memory, "

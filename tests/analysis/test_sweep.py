@@ -191,7 +191,7 @@ def run(niels, texts, tmp_path):
 
 
 def test_the_command_prints_a_row_for_each_rate_and_a_suggestion(run):
-    result = run("--lr", "1e-3,1e-2", "--seeds", 2, "--memory", "1e-9")
+    result = run("--lr", "1e-3,1e-2", "--seeds", 2, "--memory", "1e-9", "--together")
     assert result.exit_code == 0, result.output
     assert "4 models in 4 groups" in result.stderr
     lines = result.stdout.splitlines()
@@ -202,15 +202,28 @@ def test_the_command_prints_a_row_for_each_rate_and_a_suggestion(run):
 
 def test_solo_and_together_agree(run):
     found = []
-    for way in ([], ["--solo"]):
+    for way in (["--together"], ["--solo"]):
         result = run("--lr", "1e-3,1e-2", "--json", *way)
         assert result.exit_code == 0, result.output
         found.append([r["val_loss"] for r in json.loads(result.stdout)["results"]])
     assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("alone", "shown", "other"),
+    [(0.4, "2 models one by one", "train_together"), (0.6, "2 models in 1 group", "train_alone")],
+)
+def test_what_is_faster_is_done(run, monkeypatch, alone, shown, other):
+    seconds = iter([1.0, alone])  # of a step of both models, and of one
+    monkeypatch.setattr(sweep, "_seconds", lambda action: next(seconds))
+    monkeypatch.delattr(sweep, other)
+    result = run("--lr", "1e-3,1e-2")
+    assert result.exit_code == 0, result.output
+    assert shown in result.stderr
+
+
 def test_a_dry_run_only_estimates(run):
-    result = run("--lr", "1e-3,1e-2,1e-1", "--dry-run")
+    result = run("--lr", "1e-3,1e-2,1e-1", "--dry-run", "--together")
     assert result.exit_code == 0
     assert "3 models in 1 group: about" in result.stdout
     assert len(result.stdout.splitlines()) == 1
@@ -219,7 +232,7 @@ def test_a_dry_run_only_estimates(run):
 
 
 def test_a_model_that_does_not_fit_is_said_to_be_too_large(run):
-    result = run("--lr", "1e-3", "--memory", "1e-9", "--dry-run")
+    result = run("--lr", "1e-3", "--memory", "1e-9", "--dry-run", "--together")
     assert "one model alone takes about" in result.stderr
     assert "1 model in 1 group: about" in result.stdout
 
