@@ -91,8 +91,9 @@ def main(
 ) -> None:
     """Train a model for each learning rate, weight decay and seed, and compare them.
 
-    All models of a group are trained at once where that is faster. Seeds count up from the config's; they change initial
-    weights, batches and dropout, not the text. `min_lr` keeps its ratio to the learning rate.
+    All models of a group are trained at once where that is faster. Seeds count up from the
+    config's; they change initial weights, batches and dropout, not the text. `min_lr` keeps its
+    ratio to the learning rate.
     """
     _refuse_without_effect(dry_run, solo)
     with exit_on_failure(2, busy="reading the text"):
