@@ -1,4 +1,4 @@
-"""The share of an optimizer's update, clip included, in a training step, at three widths.
+"""The share of an optimizer's update in a step, beside an eager and a compiled gradient.
 
 python -m benchmarks.optimizer
 """
@@ -19,7 +19,7 @@ from niels_gpt.device import keep_freed_memory
 from niels_gpt.loss import gradients
 from niels_gpt.model.flops import step_flops
 from niels_gpt.optim import optimizer_of
-from niels_gpt.run.compile import compile_parts
+from niels_gpt.run.compile import compile_gradients
 from niels_gpt.step import dropout_of_step
 
 WIDTHS = (128, 256, 384)
@@ -53,14 +53,14 @@ def main(rounds: int, threads: int | None, widths: tuple[int, ...], no_compile: 
 
 def sides(model_cfg: ModelConfig, *, compiled: bool) -> dict[str, Callable[[], object]]:
     """Return the gradient, and the update of each optimizer, as callables."""
-    differentiate, update = compile_parts() if compiled else (gradients, optim.update)
+    differentiate = compile_gradients() if compiled else gradients
     cfg = TrainConfig()
     batch = random_batch(model_cfg, cfg)
     params = make_state(model_cfg, cfg).params
     drop = dropout_of_step(cfg.seed, 0, range(cfg.B), model_cfg)
 
     def updating(state: TrainState) -> Callable[[], object]:
-        return lambda: run_update(state, update)
+        return lambda: run_update(state)
 
     return {
         "gradients": lambda: differentiate(params, batch, model_cfg, drop),
@@ -71,12 +71,18 @@ def sides(model_cfg: ModelConfig, *, compiled: bool) -> dict[str, Callable[[], o
     }
 
 
-def run_update(state: TrainState, update: Callable[..., object] = optim.update) -> object:
+def run_update(state: TrainState) -> object:
     """Update with the parameters as gradients: the cost does not depend on values."""
     cfg = state.train_cfg
-    numbers = {"lr": cfg.base_lr, "weight_decay": cfg.weight_decay, "max_norm": cfg.grad_clip}
     trees = state.params, state.params, state.opt_state
-    return update(optimizer_of(cfg), *trees, count=1, **numbers)
+    return optim.update(
+        optimizer_of(cfg),
+        *trees,
+        count=1,
+        lr=cfg.base_lr,
+        weight_decay=cfg.weight_decay,
+        max_norm=cfg.grad_clip,
+    )
 
 
 def update_flops(model_cfg: ModelConfig, name: str) -> int:

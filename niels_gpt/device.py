@@ -16,7 +16,7 @@ from pathlib import Path
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc malloc.h
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how OpenMP's threads wait for each other
-SPINS, SPINS_BUSY = 2000, 0  # before a thread that waits gives up its processor
+SPINS, SPINS_BUSY = 20_000, 500  # before a thread that waits gives up its processor
 
 OWN_CGROUPS = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
