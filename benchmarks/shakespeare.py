@@ -25,7 +25,8 @@ from niels_gpt.files.names import METRICS
 MODEL = {"T": 64, "C": 128, "L": 4, "H": 4, "d_ff": 512, "dropout": 0.0}
 COMMON = {"eval_steps": 100, "grad_clip": 1.0, "weight_decay": 0.1, "p_train": {"wiki": 1.0}}
 RECIPE = {"B": 12, "total_steps": 2000, "base_lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 100}
-OURS = {"optimizer": "muon", "init": "fan_in", "base_lr": 0.008, "min_lr": 0.0}
+OURS = {"optimizer": "muon", "init": "fan_in", "min_lr": 0.0}
+RATES = {"a quarter of its time": 0.016, "all of its time": 0.01}
 
 
 def write_config(path: Path, train: dict[str, Any]) -> Path:
@@ -51,8 +52,8 @@ def last_loss(path: Path) -> float:
 
 @click.command()
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--quarter", nargs=2, type=int, default=(16, 350), show_default=True)
-@click.option("--whole", nargs=2, type=int, default=(24, 1000), show_default=True)
+@click.option("--quarter", nargs=2, type=int, default=(12, 255), show_default=True)
+@click.option("--whole", nargs=2, type=int, default=(24, 900), show_default=True)
 @click.option("--set", "settings", multiple=True, help="Of `train`.")
 def main(
     text: Path, quarter: tuple[int, int], whole: tuple[int, int], settings: tuple[str, ...]
@@ -79,9 +80,10 @@ def main(
         plain = ["benchmarks.learning_curve", "--config", str(config), *wiki, "--steps", "2000"]
         recipe_seconds = timed([*plain, "--out", str(log)])
         report("the recipe as a plain loop", 12, 2000, recipe_seconds, log)
-        for side, (B, steps) in (("a quarter of its time", quarter), ("all of its time", whole)):
-            train = {**OURS, "B": B, "total_steps": steps, "warmup_steps": 50}
-            config, out = write_config(folder / "ours.json", train), folder / side
+        for (side, rate), (B, steps) in zip(RATES.items(), (quarter, whole), strict=True):
+            train = {**OURS, "B": B, "total_steps": steps, "base_lr": rate}
+            config = write_config(folder / "ours.json", {**train, "warmup_steps": steps // 16})
+            out = folder / side
             words = ["niels_gpt.train", "--config", str(config), *wiki, "--mix", "wiki=1"]
             sets = [word for setting in settings for word in ("--set", setting)]
             seconds = timed([*words, *sets, "--no-sample", "--out", str(out)])
