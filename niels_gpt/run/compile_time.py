@@ -20,7 +20,7 @@ def expected_time(state: TrainState) -> str:
     """Say how long compiling the step of this state may take."""
     seconds = _times().get(_key(state))
     if seconds is None:
-        return "this takes a minute or two the first time (--no-compile goes without)"
+        return "this takes half a minute or more the first time (--no-compile goes without)"
     return f"this took {seconds:.0f} s last time"
 
 
