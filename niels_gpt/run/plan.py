@@ -229,7 +229,7 @@ def choose_compile(
 ) -> tuple[bool, str]:
     """Choose whether to compile: as requested, else as in the resumed run, else if it pays off.
 
-    Compiling takes a minute or two and saves about a sixth of the time of a step on a CPU. On MPS
+    Compiling takes half a minute and saves about a tenth of the time of a step on a CPU. On MPS
     it is off by default, because compiled models have given wrong results there. Also returns the
     reason.
     """
