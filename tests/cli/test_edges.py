@@ -57,7 +57,7 @@ CHEAP = {  # a short invocation of every command, in a folder with a finished ru
     ],
     "sample": ["--ckpt run/best.pt --prompt - --max-bytes 3 --device cpu"],
     "selfcheck": ["--device cpu"],
-    "sweep": [f"--config config.json --lr 1e-3,1e-2 {PLACES}"],
+    "sweep": [f"--config config.json --lr 1e-3,1e-2 --together {PLACES}"],
     "train": [f"--config config.json --out again {PLACES} --device cpu"],
 }
 INVOCATIONS = [f"{name} {words}" for name, each in CHEAP.items() for words in each]
