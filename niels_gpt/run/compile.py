@@ -29,7 +29,10 @@ def compile_step() -> StepFunction:
 
 
 def compile_gradients() -> GradientFunction:
-    """Return `gradients` with compiled blocks; compilation happens on the first call."""
+    """Return `gradients` with compiled blocks; compilation happens on the first call.
+
+    For one thread at a time, because the calls share a module, whose weights they exchange.
+    """
     forward: Callable[..., Any] = torch.compile(Block.forward, dynamic=False, fullgraph=True)
 
     @cache
