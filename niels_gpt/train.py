@@ -43,7 +43,7 @@ _STEP_FUNCTIONS = ("evaluate", "make_state", "train_step")
 @source_options
 @mix_option
 @click.option("--compile/--no-compile", default=None, help="Compile the step.")
-@click.option("--no-sample", "sample", flag_value=False, default=True, help="Print no sample text.")
+@click.option("--sample/--no-sample", default=True, help="Print a sample of the model at the end.")
 @click.option("--sample-every-eval", is_flag=True, help="Print one with each evaluation too.")
 @click.option("--dry-run", is_flag=True, help="Check and estimate everything, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the estimate as JSON.")
