@@ -1,6 +1,8 @@
 """Checkpoints of small untrained models, for tests."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +24,8 @@ def lively_state(cfg: ModelConfig = SMALL, seed: int = 0) -> TrainState:
     return state._replace(params=params)
 
 
-def save_lively(path: Path, cfg: ModelConfig = SMALL) -> Path:
-    write_checkpoint([path], checkpoint_of(lively_state(cfg)))
+def save_lively(path: Path, cfg: ModelConfig = SMALL, **train: Any) -> Path:
+    state = lively_state(cfg)
+    state = state._replace(train_cfg=replace(state.train_cfg, **train))
+    write_checkpoint([path], checkpoint_of(state))
     return path

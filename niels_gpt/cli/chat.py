@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shlex
 import sys
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ import click
 from niels_gpt.cli.shared.generation import Generation, generation_options
 from niels_gpt.cli.shared.options import HELP
 from niels_gpt.cli.shared.output import console, exit_on_failure
+from niels_gpt.cli.shared.program import this_program
 
 ASK = "> "
 GREETING = "/help lists the commands, Ctrl-D ends"
@@ -31,11 +33,23 @@ def main(message: str | None, system: str | None, generation: Generation) -> Non
     replies.
     """
     with exit_on_failure(2):
-        from niels_gpt.inference.chat import Voice, answer, converse, first_note, new_chat
+        from niels_gpt.inference.chat import (
+            Voice,
+            answer,
+            converse,
+            first_note,
+            knows_dialogues,
+            new_chat,
+        )
 
         trained, sampling = generation.prepare()
         voice = Voice(trained.params, trained.cfg, sampling, generation.max_bytes)
         chat = new_chat(system and _whole(system), generation.seed)
+        if not knows_dialogues(trained):
+            teach = shlex.join(
+                [*this_program().train, "--config", "chat", "--from", str(trained.path)]
+            )
+            console.tell(f"trained without dialogues, it will hardly answer; to teach it: {teach}")
     with exit_on_failure(1):
         if message is not None:
             answer(voice, chat, _whole(message), console.write, console.tell)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from niels_gpt.chat_format import PROMPT, ROLES, format_chat
+from niels_gpt.checkpoint import Checkpoint
 from niels_gpt.config import ModelConfig
 from niels_gpt.data import DIALOGUE_DELIM
 from niels_gpt.inference.generate import Sampling, decode_stream, stream, window_start
@@ -223,6 +224,12 @@ def first_note(voice: Voice, chat: Chat) -> str | None:
         f"{what} with replies of up to {longest} bytes: the first will be left out; "
         f"--max-bytes {room} keeps it beside lines of {LINE} bytes"
     )
+
+
+def knows_dialogues(trained: Checkpoint) -> bool:
+    """Return whether the model's last training had dialogues, or may have had."""
+    shares = trained.train_cfg.get("p_train")
+    return not isinstance(shares, Mapping) or bool(shares.get("primer"))
 
 
 def context_notes(messages: Sequence[Message], T: int) -> list[str]:

@@ -42,6 +42,14 @@ def test_lines_from_a_pipe_are_messages(ckpt):
     assert result.stderr == "note: conversation forgotten\n"
 
 
+def test_a_model_that_has_read_no_dialogue_says_how_to_teach_it(tmp_path):
+    """The other tests' model is of the default mix, which has some."""
+    path = save_lively(tmp_path / "best.pt", p_train={"wiki": 1.0})
+    note = chat(path, "--message", "Hi").stderr
+    assert note.startswith("note: trained without dialogues")
+    assert note.endswith(f": niels-gpt train --config chat --from {path}\n")
+
+
 def test_what_is_left_out_is_told_on_stderr(ckpt):
     result = chat(ckpt, "--message", "a" * 100)
     assert "note: the context of 64 bytes is full: only the last 54 of" in result.stderr
