@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INSTALL = 'for a picture: pip install "niels-gpt[plot]"'
+INSTALL = "for a picture: pip install matplotlib"
 
 # Okabe and Ito 2008, a palette for colour-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX"
 
 STEEP = 0.1  # of the x axis: only losses after it have to fit into the picture
+VALUE_WIDTH = 0.08  # of the x axis: about that of a written value
 GREY = "#555555"
 
 Points = list[tuple[float, float]]
@@ -397,20 +398,36 @@ def loss_range(losses: Points, *, whole: bool) -> tuple[float, float]:
 
 
 def _write_values(axes: Axes, ends: Sequence[_End], style: str, gap: float) -> None:
-    """Write the last value of each curve at its end, `gap` of the height apart."""
+    """Write the last value of each curve at its end; neighbours are `gap` of the height apart."""
+    from matplotlib.patheffects import withStroke
+
     low, high = axes.get_ylim()
+    left, right = axes.get_xlim()
     room = gap * (high - low)
-    places = apart([y for _, y, _ in ends], room, floor=low + room / 2)
-    for (x, y, colour), place in zip(ends, places, strict=True):
-        axes.annotate(
-            style.format(y),
-            (x, place),
-            xytext=(7, 0),
-            textcoords="offset points",
-            va="center",
-            size=10,
-            color=colour,
-        )
+    for group in neighbours(ends, VALUE_WIDTH * (right - left)):
+        places = apart([y for _, y, _ in group], room, floor=low + room / 2)
+        for (x, y, colour), place in zip(group, places, strict=True):
+            axes.annotate(
+                style.format(y),
+                (x, place),
+                xytext=(7, 0),
+                textcoords="offset points",
+                va="center",
+                size=10,
+                color=colour,
+                path_effects=[withStroke(linewidth=3, foreground="white")],
+            )
+
+
+def neighbours(ends: Sequence[_End], width: float) -> list[list[_End]]:
+    """Group the ends of curves: in a group, each is less than `width` to the right of the last."""
+    groups: list[list[_End]] = []
+    for end in sorted(ends, key=lambda end: end[0]):
+        if groups and end[0] - groups[-1][-1][0] < width:
+            groups[-1].append(end)
+        else:
+            groups.append([end])
+    return groups
 
 
 def apart(values: Sequence[float], gap: float, floor: float = -math.inf) -> list[float]:

@@ -14,7 +14,7 @@ def load_dataset(*args: Any, **kwargs: Any) -> Any:
         datasets = import_module("datasets")
     except ImportError as error:
         raise ImportError(
-            'the package "datasets" is not installed: pip install "niels-gpt[wiki]"'
+            'the package "datasets" is not installed: pip install datasets'
         ) from error
     return datasets.load_dataset(*args, **kwargs)
 

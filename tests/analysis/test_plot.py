@@ -133,7 +133,7 @@ def test_without_matplotlib_the_numbers_come_as_a_table(niels, log, tmp_path, mo
     result = niels("plot", log("a", RECORDS))
     assert result.exit_code == 0
     assert result.stdout.splitlines() == table([curves(RECORDS, "steps", "a")], "steps")
-    assert result.stderr.strip() == 'for a picture: pip install "niels-gpt[plot]"'
+    assert result.stderr.strip() == "for a picture: pip install matplotlib"
     assert not [*tmp_path.glob("loss.*")]
     asked = niels("plot", log("a", RECORDS), "--table")
     assert (asked.stdout, asked.stderr) == (result.stdout, "")
@@ -260,6 +260,14 @@ def test_values_are_written_apart_in_their_order_and_near_their_places(values, g
         assert places[j] - places[i] >= gap - 1e-6
     if all(values[j] - values[i] > gap for i, j in pairwise(order)):
         assert places == pytest.approx(values)
+
+
+@given(st.lists(st.floats(0, 10), max_size=8), st.floats(0.01, 3))
+def test_only_values_side_by_side_are_kept_apart(xs, width):
+    groups = plot.neighbours([(x, 0.0, "") for x in xs], width)
+    assert [x for group in groups for x, _, _ in group] == sorted(xs)
+    assert all(b[0] - a[0] < width for group in groups for a, b in pairwise(group))
+    assert all(right[0][0] - left[-1][0] >= width for left, right in pairwise(groups))
 
 
 losses = st.lists(st.floats(0.5, 20), min_size=2, max_size=30)
