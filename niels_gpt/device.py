@@ -17,6 +17,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc malloc.h
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how OpenMP's threads wait for each other
 SPINS, SPINS_BUSY = 20_000, 500  # before a thread that waits gives up its processor
+BUSY = "this machine was busy in the last minute: what is measured now may be slow for it"
 
 OWN_CGROUPS = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -126,8 +127,12 @@ def share_processors() -> None:
     variable when torch is loaded. No bit of a result depends on it, and one that is set stays.
     """
     if os.environ.keys().isdisjoint(WAITING):
-        busy = os.getloadavg()[0] > available_processors() / 2
-        os.environ["GOMP_SPINCOUNT"] = str(SPINS_BUSY if busy else SPINS)
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS_BUSY if is_busy() else SPINS)
+
+
+def is_busy() -> bool:
+    """Return whether the load of the last minute is above half of the processors."""
+    return os.getloadavg()[0] > available_processors() / 2
 
 
 def _cgroup_folders(controller: str) -> Iterator[Path]:

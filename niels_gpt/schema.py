@@ -449,7 +449,9 @@ def write_payload(paths: Sequence[str | os.PathLike[str]], payload: Mapping[str,
         check_torch_file(file)
     except CheckpointError as error:
         raise CheckpointError(f"not saved to {where}: {error}") from None
-    durable.write_durably([Path(path) for path in paths], file.getbuffer())
+    # without a copy, and no getbuffer(): some Pythons crash collecting one that an error holds
+    data = file.getvalue()
+    durable.write_durably([Path(path) for path in paths], data)
     return digest
 
 

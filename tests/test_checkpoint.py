@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import shutil
+import traceback
 from collections import OrderedDict
 from pathlib import Path
 
@@ -199,6 +200,27 @@ def test_several_names_hold_the_same_bytes_and_a_failure_spares_the_later_ones(t
     assert first.read_bytes() != old
     assert last.read_bytes() == old
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "latest.pt", "step_0000003.pt"]
+
+
+def test_what_an_error_holds_of_a_failed_save_can_be_collected(tmp_path, monkeypatch):
+    """CPython 3.12.1 and 3.13.0 crash while they collect a buffer of BytesIO (issue 111049)."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(fd, data):
+        raise full
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_payload([tmp_path / "latest.pt"], random_payload())
+    held = [
+        value
+        for error in (caught.value, caught.value.__context__)  # which names the file, and the first
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        for value in frame.f_locals.values()
+        if isinstance(value, memoryview)
+    ]
+    assert held
+    assert all(type(view.obj) is bytes for view in held)
 
 
 # --- the way back ------------------------------------------------------------------------------

@@ -181,6 +181,7 @@ def test_threads_wait_more_politely_on_a_busy_machine(monkeypatch, load, spins):
     monkeypatch.setattr(os, "environ", {})
     device.share_processors()
     assert os.environ == {"GOMP_SPINCOUNT": str(spins)}
+    assert device.is_busy() == (load > 1)
 
 
 @pytest.mark.parametrize("name", device.WAITING)

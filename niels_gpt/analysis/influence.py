@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from niels_gpt.analysis.noise import OnProgress
-from niels_gpt.config import ModelConfig
+from niels_gpt.config import ModelConfig, TrainConfig
+from niels_gpt.data.documents import read_documents
 from niels_gpt.data.roam import read_notes
 from niels_gpt.eval import eval_batches
 from niels_gpt.loss import Batch, gradients, row_slopes
@@ -94,27 +95,29 @@ def influences(
     ]
 
 
-def notes_worth(
+def documents_worth(
     state: TrainState,
     val_stream: bytes,
-    notes: Sequence[tuple[str, bytes]],
+    documents: Sequence[tuple[str, bytes]],
     *,
     batches: int = 4,
     windows: int = 2,
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[Influence]:
-    """Return the influence of each note on the loss of the validation stream.
+    """Return the influence of each document on the loss of the validation stream.
 
     Raises:
         ValueError: if the gradient of so few batches is lost in noise.
     """
     direction, unit = validation_gradient(state, val_stream, batches)
     if not unit > 0:
-        raise ValueError(f"the gradient of {batches} validation batches is lost in noise: use more")
+        raise ValueError(
+            f"the gradient of {batches} validation batches is lost in noise: use more (--batches)"
+        )
     return influences(
         state.params,
         direction,
-        notes,
+        documents,
         state.model_cfg,
         unit=unit,
         windows=windows,
@@ -122,24 +125,28 @@ def notes_worth(
     )
 
 
-def training_notes(
-    cfg: StreamBuildConfig, seed: int, *, min_bytes: int = 64
+def training_documents(
+    cfg: StreamBuildConfig, train_cfg: TrainConfig, *, min_bytes: int = 64
 ) -> list[tuple[str, bytes]]:
-    """Return the notes that a run with this seed trains on, named by path below the folder.
+    """Return what a run trains on of notes and of own text, document by document, by name.
+
+    A name is the path below the folder, or that of a file named itself. Of a run that was on
+    neither, the notes of the config are returned.
 
     Raises:
         ValueError, RuntimeError: if none has at least `min_bytes`.
     """
-    how = reading("roam", replace(cfg, seed=seed))
-    root = os.path.abspath(how.place)
-    notes = read_notes(how).train
-    found = [
-        (os.path.relpath(path, root), text)
-        for path, text in notes
-        if len(text) >= max(2, min_bytes)
-    ]
+    cfg = replace(cfg, seed=train_cfg.seed)
+    found: list[tuple[str, bytes]] = []
+    if train_cfg.p_train.get("text"):
+        found += read_documents(reading("text", cfg))
+    if train_cfg.p_train.get("roam") or not found:
+        how = reading("roam", cfg)
+        notes, root = read_notes(how).train, os.path.abspath(how.place)
+        found += [(os.path.relpath(path, root), text) for path, text in notes]
+    found = [document for document in found if len(document[1]) >= max(2, min_bytes)]
     if not found:
-        raise ValueError(f"{root}: no notes (*.md) of at least {min_bytes} bytes")
+        raise ValueError(f"no note or file has {min_bytes} bytes or more")
     return found
 
 

@@ -95,7 +95,7 @@ def _fit(seconds: float, places: Places, device: str) -> Fit:
     """Open the text, measure this machine, and choose."""
     from niels_gpt.analysis import fit, scaling
     from niels_gpt.corpus import open_corpus
-    from niels_gpt.device import keep_freed_memory, limit_threads
+    from niels_gpt.device import BUSY, is_busy, keep_freed_memory, limit_threads
     from niels_gpt.streams import locate
 
     keep_freed_memory()
@@ -103,7 +103,7 @@ def _fit(seconds: float, places: Places, device: str) -> Fit:
     model_cfg, cfg = scaling.model_config(*scaling.SHAPES[0]), with_mix(TrainConfig(), places)
     where = replace(locate(places), any_val=may_choose_val(cfg, places, None))
     corpus = open_corpus(model_cfg, cfg, where)
-    console.tell(*corpus.messages)
+    console.tell(*corpus.messages, *([BUSY] if is_busy() else []))
     return fit.fit(seconds, corpus, device, fit.measure(corpus, device))
 
 

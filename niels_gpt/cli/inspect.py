@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,10 +55,10 @@ def _count(name: str, default: int, text: str | None = None, most: int | None = 
 @source_options
 @_count("--batches", 4, most=MOST_BATCHES)
 @_count("--iterations", 20, "Maximum Hessian products per sharpness.", most=MOST_ITERATIONS)
-@_count("--windows", 2, "Maximum pieces scored per note.")
+@_count("--windows", 2, "Maximum pieces scored per document.")
 @_count("--top", 10)
 @device_option("cpu")
-@json_option("Print one JSON object, with all notes.")
+@json_option("Print one JSON object, with all documents.")
 def main(
     ckpt: Path,
     only: tuple[str, ...],
@@ -69,13 +70,14 @@ def main(
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure gradient noise, sharpness, and which notes help or hurt, at one checkpoint.
+    """Measure gradient noise, sharpness, and which documents help or hurt, at one checkpoint.
 
     noise: the batch size beyond which rows are wasted, from the next batches of the run.
 
     sharpness: the largest curvature of the loss, and the stable learning rate.
 
-    documents: the notes on which a step lowers the validation loss of the run most and least.
+    documents: the notes, and files of --text, on which a step lowers the validation loss of the
+    run most and least.
     """
     wanted = only or PARTS
     with exit_on_failure(2, busy="reading the text"):
@@ -88,9 +90,21 @@ def main(
         sources = as_recorded(locate(places), checkpoint.sources)
         corpus, messages = open_corpus_of(checkpoint, sources)
         console.tell(*messages)
-        documents = _documents(sources, state, wanted, required=bool(only))
+        documents: list[tuple[str, bytes]] = []
+        if "documents" in wanted:  # found first, so that an error wastes no measurement
+            with _documents_wanted(required=bool(only)):
+                documents = _documents(sources, state)
         _refuse_idle_options(wanted, as_json)
-        found = _measure(state, corpus, wanted, documents, batches, iterations, windows)
+        found = _measure(
+            state,
+            corpus,
+            wanted,
+            documents,
+            batches=batches,
+            iterations=iterations,
+            windows=windows,
+            required=bool(only),
+        )
     value = {"checkpoint": str(ckpt), "step": state.step, **found}
     lines = [f"{ckpt.name}, after step {state.step}", *_lines(found, state, top)]
     console.result(value, lines, as_json=as_json)
@@ -101,24 +115,27 @@ def _refuse_idle_options(wanted: Sequence[str], as_json: bool) -> None:
         if parts.isdisjoint(wanted):
             refuse_without_effect(f"on {' and '.join(wanted)}", option)
     if as_json:
-        refuse_without_effect("with --json, which has all notes", "top")
+        refuse_without_effect("with --json, which has all documents", "top")
 
 
-def _documents(
-    sources: StreamBuildConfig, state: TrainState, wanted: Sequence[str], *, required: bool
-) -> list[tuple[str, bytes]]:
-    """Find the notes first, so that an error wastes no measurement."""
-    from niels_gpt.analysis.influence import training_notes
-
-    if "documents" not in wanted:
-        return []
+@contextlib.contextmanager
+def _documents_wanted(required: bool) -> Iterator[None]:
+    """Let the other parts go on where no document can be measured, unless it is `required`."""
     try:
-        return training_notes(sources, state.train_cfg.seed)
+        yield
     except USER_ERRORS as error:
         if required:
             raise
-        console.tell(f"no documents: {describe(error)}; give --notes DIR")
-        return []
+        console.tell(f"no documents: {describe(error)}")
+
+
+def _documents(sources: StreamBuildConfig, state: TrainState) -> list[tuple[str, bytes]]:
+    from niels_gpt.analysis.influence import training_documents
+
+    try:
+        return training_documents(sources, state.train_cfg)
+    except USER_ERRORS as error:
+        raise ValueError(f"{describe(error)}; give --notes DIR or --text FILE|DIR") from error
 
 
 def _measure(
@@ -126,9 +143,11 @@ def _measure(
     corpus: Corpus,
     wanted: Sequence[str],
     documents: list[tuple[str, bytes]],
+    *,
     batches: int,
     iterations: int,
     windows: int,
+    required: bool,
 ) -> dict[str, Any]:
     """Measure the requested parts, by name."""
     from niels_gpt.analysis import influence, noise, sharpness
@@ -142,14 +161,15 @@ def _measure(
             state, corpus, iterations=iterations, on_progress=console.progress("product")
         )
     if documents:
-        found["documents"] = influence.notes_worth(
-            state,
-            corpus.validation,
-            documents,
-            batches=batches,
-            windows=windows,
-            on_progress=console.progress("piece"),
-        )
+        with _documents_wanted(required):
+            found["documents"] = influence.documents_worth(
+                state,
+                corpus.validation,
+                documents,
+                batches=batches,
+                windows=windows,
+                on_progress=console.progress("piece"),
+            )
     return found
 
 
@@ -237,7 +257,7 @@ def _worth_lines(worth: Sequence[Influence], state: TrainState, top: int) -> lis
     short = [d for d in worth if d.nbytes < window]
     lines = [
         "",
-        f"{len(worth)} notes, by what a step on them does to the {judge} validation loss "
+        f"{len(worth)} documents, by what a step on them does to the {judge} validation loss "
         f"(1: as good as {judge} text)",
         *_summary(worth),
         "  read what hurts: leave out what you do not want the model to learn",
@@ -250,7 +270,7 @@ def _worth_lines(worth: Sequence[Influence], state: TrainState, top: int) -> lis
         lines += [
             f"  {len(short)} of fewer than {window:,} bytes, a window of the model, apart:",
             *_summary(short),
-            "  so few bytes say little of one note: compare many of them, or none",
+            "  so few bytes say little of one document: compare many of them, or none",
         ]
     return lines
 

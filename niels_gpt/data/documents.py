@@ -36,16 +36,16 @@ class File(NamedTuple):
     is_named: bool
 
 
+class Document(NamedTuple):
+    """A file's text, or the part of it that is for training or for validation."""
+
+    key: str  # of its file
+    text: bytes
+
+
 def recipes(how: Reading) -> list[Recipe]:
     """Make each file a document, of a folder each one that holds text."""
-    places = [Path(os.path.abspath(place)) for place in (how.place, *how.more) if str(place)]
-    if not places:
-        raise Unavailable("no text was given with --text")
-    left_out: list[Remark] = []
-    files = {file.path: file for file in _find(places, left_out)}
-    where, messages = ", ".join(map(str, places)), tell("left out", left_out)
-    if not files:
-        raise Unavailable("; ".join([f"no files in {where}", *messages]))
+    files, where, messages = _look(how)
     inputs = {
         "builder": BUILDER,
         "files": [_stamp(file) for file in files.values()],
@@ -56,6 +56,29 @@ def recipes(how: Reading) -> list[Recipe]:
     }
     origin = "text" + WITHOUT_MACHINE_LINES * how.skip_machine_lines
     return [Recipe(origin, where, inputs, lambda: _build(files, how), messages)]
+
+
+def read_documents(how: Reading) -> list[Document]:
+    """Read what is for training of the files that are named and those of the folders that are.
+
+    Raises:
+        Unavailable: if there is nothing, or a named file holds no text.
+    """
+    files, _, _ = _look(how)
+    return _read(files, how)[1]
+
+
+def _look(how: Reading) -> tuple[dict[Path, File], str, list[str]]:
+    """Return the files, the places where they are, and messages about what is left out."""
+    places = [Path(os.path.abspath(place)) for place in (how.place, *how.more) if str(place)]
+    if not places:
+        raise Unavailable("no text was given with --text")
+    left_out: list[Remark] = []
+    files = {file.path: file for file in _find(places, left_out)}
+    where, messages = ", ".join(map(str, places)), tell("left out", left_out)
+    if not files:
+        raise Unavailable("; ".join([f"no files in {where}", *messages]))
+    return files, where, messages
 
 
 def _find(places: list[Path], left_out: list[Remark]) -> Iterator[File]:
@@ -77,15 +100,11 @@ def _stamp(file: File) -> dict[str, object]:
 
 
 def _build(files: dict[Path, File], how: Reading) -> Made:
-    found = read_texts(files, "file", skip_machine_lines=how.skip_machine_lines, is_wanted=is_text)
-    if lost := _lost(files, found):
-        raise Unavailable("; ".join(lost))
-    documents = [(files[path].key, text) for path, text in found.texts.items()]
-    train, val = split_documents(documents, val_frac=how.val_frac, seed=how.seed)
+    found, train, val = _read(files, how)
     unread = {remark.path for remark in found.unread}
     return Made(
-        Joined(train, how.separator),
-        Joined(val, how.separator),
+        Joined([document.text for document in train], how.separator),
+        Joined([document.text for document in val], how.separator),
         documents=(len(train), len(val)),
         altered=found.altered,
         messages=found.messages,
@@ -93,6 +112,15 @@ def _build(files: dict[Path, File], how: Reading) -> Made:
         skipped=found.skipped,
         files=[_stamp(file) for path, file in files.items() if str(path) not in unread],
     )
+
+
+def _read(files: dict[Path, File], how: Reading) -> tuple[Texts, list[Document], list[Document]]:
+    """Return what reading the files showed, and their text, split."""
+    found = read_texts(files, "file", skip_machine_lines=how.skip_machine_lines, is_wanted=is_text)
+    if lost := _lost(files, found):
+        raise Unavailable("; ".join(lost))
+    documents = [Document(files[path].key, text) for path, text in found.texts.items()]
+    return found, *split_documents(documents, val_frac=how.val_frac, seed=how.seed)
 
 
 def _lost(files: dict[Path, File], found: Texts) -> list[str]:
@@ -108,32 +136,33 @@ def _lost(files: dict[Path, File], found: Texts) -> list[str]:
 
 
 def split_documents(
-    documents: list[tuple[str, bytes]], *, val_frac: float, seed: int
-) -> tuple[list[bytes], list[bytes]]:
-    """Split pairs of key and text into train and val: by document, or few of them by bytes.
+    documents: list[Document], *, val_frac: float, seed: int
+) -> tuple[list[Document], list[Document]]:
+    """Split documents into train and val: whole, or few of them by bytes.
 
     Of documents of which one would be too much of the text, the end is for validation: those with
     more than twice `val_frac` of it, and all where `int(n * val_frac)` of the others is 0. The
     others are split by `split_by_key`.
     """
-    limit = 2 * val_frac * sum(len(text) for _, text in documents)
-    whole = [i for i, (_, text) in enumerate(documents) if len(text) <= limit]
+    limit = 2 * val_frac * sum(len(document.text) for document in documents)
+    whole = [i for i, document in enumerate(documents) if len(document.text) <= limit]
     whole = whole if int(len(whole) * val_frac) else []
     _, held_out = split_by_key(
         whole,
-        lambda i: os.fsencode(nfc(documents[i][0])),
+        lambda i: os.fsencode(nfc(documents[i].key)),
         val_frac=val_frac,
         seed=seed,
-        size=lambda i: len(documents[i][1]),
+        size=lambda i: len(documents[i].text),
     )
-    sides = {i: (documents[i][1], b"") for i in whole} | {
-        i: (b"", documents[i][1]) for i in held_out
+    sides = {i: (documents[i].text, b"") for i in whole} | {
+        i: (b"", documents[i].text) for i in held_out
     }
     cuts = [
-        sides[i] if i in sides else split_bytes(text, val_frac=val_frac)
-        for i, (_, text) in enumerate(documents)
+        (key, sides[i] if i in sides else split_bytes(text, val_frac=val_frac))
+        for i, (key, text) in enumerate(documents)
     ]
-    return [train for train, _ in cuts if train], [val for _, val in cuts if val]
+    train = [Document(key, text) for key, (text, _) in cuts if text]
+    return train, [Document(key, text) for key, (_, text) in cuts if text]
 
 
 def split_bytes(text: bytes, *, val_frac: float) -> tuple[bytes, bytes]:

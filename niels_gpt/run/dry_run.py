@@ -15,7 +15,7 @@ from typing import Any
 
 from niels_gpt.checkpoint import checkpoint_of, checkpoint_size
 from niels_gpt.config import TrainConfig
-from niels_gpt.device import available_memory, metal_memory
+from niels_gpt.device import BUSY, available_memory, is_busy, metal_memory
 from niels_gpt.eval import evaluate
 from niels_gpt.model.flops import parameter_count, step_flops
 from niels_gpt.run.compile import choose_step
@@ -28,9 +28,10 @@ TIMED_STEPS = 2
 
 def estimate(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     """Return the sources and the cost of the run, as a value and as lines of text."""
+    messages = [*plan.messages, *([BUSY] if is_busy() else [])]
     cost = costs(plan)
-    value = {"messages": plan.messages, "sources": plan.corpus.record, **cost}
-    return value, [*_source_lines(plan), *_cost_lines(cost)]
+    value = {"messages": messages, "sources": plan.corpus.record, **cost}
+    return value, [*_source_lines(messages, plan), *_cost_lines(cost)]
 
 
 def costs(plan: Plan) -> dict[str, Any]:
@@ -135,8 +136,8 @@ def _nearest_folder(path: Path) -> Path:
 # --- as text -----------------------------------------------------------------------------------
 
 
-def _source_lines(plan: Plan) -> list[str]:
-    lines = [f"note: {message}" for message in plan.messages]
+def _source_lines(messages: list[str], plan: Plan) -> list[str]:
+    lines = [f"note: {message}" for message in messages]
     for split, infos in plan.corpus.sources.items():
         lines += [f"{f'{split}/{name}':<14}{info}" for name, info in infos.items()]
     return lines

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from niels_gpt import evaluate
 from niels_gpt.analysis import influence
+from niels_gpt.config import TrainConfig
 from niels_gpt.data.roam import list_roam_paths
 from niels_gpt.eval import eval_batches
 from niels_gpt.loss import gradients, loss
@@ -103,8 +104,8 @@ def test_the_unit_has_no_noise_of_the_sample_in_it():
 def test_a_validation_gradient_lost_in_noise_is_said(state, monkeypatch):
     v, _ = influence.validation_gradient(state, STREAM, 1)
     monkeypatch.setattr(influence, "validation_gradient", lambda *_: (v, -0.1))
-    with pytest.raises(ValueError, match="lost in noise: use more"):
-        influence.notes_worth(state, STREAM, NOTES)
+    with pytest.raises(ValueError, match=r"lost in noise: use more \(--batches\)"):
+        influence.documents_worth(state, STREAM, NOTES)
 
 
 @given(st.binary(min_size=2, max_size=200), st.integers(1, 20), st.integers(1, 8))
@@ -120,15 +121,30 @@ def test_pieces_lie_in_the_text_and_are_as_many_and_as_long_as_asked(text, T, wi
 
 
 def test_notes_of_the_validation_split_are_not_scored(texts):
-    cfg = StreamBuildConfig(roam_root=texts / "notes")
-    notes = influence.training_notes(cfg, 42)
+    cfg, run = StreamBuildConfig(roam_root=texts / "notes"), TrainConfig(seed=42)
+    notes = influence.training_documents(cfg, run)
     names = {os.path.relpath(path, texts / "notes") for path in list_roam_paths(texts / "notes")}
     assert {name for name, _ in notes} < names
     assert len(notes) == len(names) - 1
     for name, text in notes:
         assert (texts / "notes" / name).read_text().encode() == text  # with \n for \r\n
-    with pytest.raises(ValueError, match="no notes"):
-        influence.training_notes(cfg, 42, min_bytes=10**6)
+    with pytest.raises(ValueError, match="no note or file has 1000000 bytes"):
+        influence.training_documents(cfg, run, min_bytes=10**6)
+
+
+def test_documents_are_those_of_the_sources_that_the_run_was_on(texts):
+    """Of few files, each without its end, which is for validation."""
+    novels = [texts / "wiki" / "train.txt", texts / "wiki" / "val.txt"]
+    cfg = StreamBuildConfig(roam_root=texts / "notes", places={"text": tuple(novels)})
+    alone = influence.training_documents(cfg, TrainConfig(p_train={"text": 1.0}))
+    assert [name for name, _ in alone] == ["train.txt", "val.txt"]
+    for (_, text), path in zip(alone, novels, strict=True):
+        assert path.read_bytes().startswith(text)
+        assert 0.85 < len(text) / path.stat().st_size < 0.96
+    both = influence.training_documents(cfg, TrainConfig(p_train={"text": 0.5, "roam": 0.5}))
+    notes = influence.training_documents(cfg, TrainConfig(p_train={"wiki": 1.0}))
+    assert len(notes) == 11
+    assert both == alone + notes
 
 
 def test_nothing_is_changed(state):

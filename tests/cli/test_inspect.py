@@ -27,14 +27,19 @@ def inspect(niels, texts, ckpt):
 def test_all_three_parts_are_told(inspect):
     result = inspect("--batches", 2, "--iterations", 3, "--top", 4)
     assert result.exit_code == 0, result.output
-    for words in ("latest.pt, after step 3", "from 8 rows", "AdamW is stable up to lr", "11 notes"):
+    for words in (
+        "latest.pt, after step 3",
+        "from 8 rows",
+        "AdamW is stable up to lr",
+        "11 documents",
+    ):
         assert words in result.stdout
     assert result.stdout.count("/note ") == 8
     for words in ("half the progress", "train.B would", "the loss bends", "train.base_lr"):
         assert words in result.stdout
 
 
-def test_notes_shorter_than_a_window_are_apart(inspect, texts):
+def test_documents_shorter_than_a_window_are_apart(inspect, texts):
     from niels_gpt.analysis.influence import Influence
     from niels_gpt.cli.inspect import _worth_lines
     from tests.training import trained_state
@@ -50,7 +55,7 @@ def test_notes_shorter_than_a_window_are_apart(inspect, texts):
     assert "1 of 3 hurt; the median is +0.500" in text
 
 
-def test_one_part_alone_as_json_has_every_note_by_name(inspect):
+def test_one_part_alone_as_json_has_every_document_by_name(inspect):
     result = inspect("--only", "documents", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -82,7 +87,7 @@ def test_other_text_and_missing_files_are_refused(niels, texts, ckpt):
 
 
 def test_without_notes_the_other_parts_are_told(niels, texts, tmp_path):
-    """Notes are found first, so that an error wastes no measurement."""
+    """Documents are found first, so that an error wastes no measurement."""
     config = tmp_path / "config.json"
     model = {"T": 12, "C": 8, "L": 1, "H": 2, "d_ff": 8}
     config.write_text(json.dumps({"model": model, "train": {"B": 2, "total_steps": 2}}))
@@ -97,6 +102,18 @@ def test_without_notes_the_other_parts_are_told(niels, texts, tmp_path):
     result = niels(*given, "--only", "documents")
     assert result.exit_code == 2
     assert "error: " in result.stderr
+
+
+def test_documents_lost_in_noise_cost_no_other_part(inspect, monkeypatch):
+    from niels_gpt.analysis import influence
+
+    real = influence.validation_gradient
+    monkeypatch.setattr(influence, "validation_gradient", lambda *args: (real(*args)[0], -0.1))
+    result = inspect("--iterations", 2)
+    assert result.exit_code == 0, result.output
+    assert "note: no documents: the gradient of 4 validation batches is lost" in result.stderr
+    assert "AdamW is stable up to lr" in result.stdout
+    assert inspect("--only", "documents").exit_code == 2
 
 
 @pytest.mark.parametrize(
