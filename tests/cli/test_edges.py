@@ -61,6 +61,7 @@ CHEAP = {  # a short invocation of every command, in a folder with a finished ru
     "train": [f"--config config.json --out again {PLACES} --device cpu"],
 }
 INVOCATIONS = [f"{name} {words}" for name, each in CHEAP.items() for words in each]
+SLOW = ("selfcheck", "sweep")
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +125,13 @@ print(json.dumps(codes))
 
 def test_closed_streams_change_no_exit_code_and_no_other_output(place):
     """Of every command; one process forks them all, because importing torch takes a second."""
-    ways = [[], [0], [1], [2], [0, 1, 2]]
     words = [*INVOCATIONS, "--version", "--help", "sample --help", "checkpoint info absent.pt"]
-    runs = [(line, closed) for line in words for closed in ways]
+    runs = [
+        (line, closed)
+        for line in words
+        for closed in ([], [0], [1], [2], [0, 1, 2])
+        if len(closed) != 1 or not line.startswith(SLOW)
+    ]
     result = subprocess.run(
         [sys.executable, "-c", WITH_CLOSED_STREAMS, json.dumps(runs)],
         cwd=place,
@@ -136,7 +141,7 @@ def test_closed_streams_change_no_exit_code_and_no_other_output(place):
     assert result.returncode == 0, result.stderr
     codes = json.loads(result.stdout)
     for number, (line, closed) in enumerate(runs):
-        whole = number - number % len(ways)
+        whole = runs.index((line, []))
         traces = [file.read_text() for file in (place / "out").glob(f"{number}.traceback")]
         seen = "\n".join([*traces, *printed(place, number)])
         assert codes[number] == codes[whole] == (2 if "absent" in line else 0), (line, closed, seen)
