@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Collection, Iterable
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from niels_gpt.data.sources import all_places, option_of
 from niels_gpt.files.names import BEST
@@ -13,7 +14,21 @@ from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.plan import Plan
 from niels_gpt.state import TrainState
 
-OWN_TEXT = ("text", "roam", "primer")  # to fine-tune on, where there is other text
+
+class Stage(NamedTuple):
+    """A second stage of training, from the weights of a finished run."""
+
+    what: str
+    config: str
+    out: str  # subfolder of the run's
+    more: tuple[str, ...] = ()
+
+
+STAGES = {  # of a run on several texts the first of these, of one alone the last
+    "text": Stage("fine-tune it on the text alone", "notes", "text", ("--mix", "text=1")),
+    "roam": Stage("fine-tune it on the notes alone", "notes", "notes"),
+    "primer": Stage("teach it to chat", "chat", "chat", ("--mix", "primer=1")),
+}
 PROMPT = "The "
 
 
@@ -48,21 +63,20 @@ def next_steps(
         ("go on longer", [*train, "--resume", shown(folder.good), "--set", longer]),
     ]
     text = _to_tune_on(plan.corpus.train)
-    if plan.call.config is not None and text is not None:
-        name = option_of(text).removeprefix("--")
-        tuned = ["--from", model, "--out", shown(folder.path / name), "--mix", f"{name}=1"]
-        config = ["--config", _shown_config(plan.call.config)]
+    if text is not None:
+        stage = STAGES[text]
+        tuned = ["--from", model, "--out", shown(folder.path / stage.out)]
         device = [] if options.device is None else ["--device", options.device]
         places = {text: plan.call.places.get(text, [])}
-        words = [*train, *config, *tuned, *_places(places), *device]
-        steps.append((f"fine-tune it on the {name} alone", words))
+        words = [*train, "--config", stage.config, *tuned, *stage.more, *_places(places), *device]
+        steps.append((stage.what, words))
     return [(what, shlex.join(words)) for what, words in steps]
 
 
 def _to_tune_on(trained: Collection[str]) -> str | None:
     """Return a text to fine-tune on: one's own, or else the dialogues, unless that was the text."""
     if len(trained) > 1:
-        return next((name for name in OWN_TEXT if name in trained), None)
+        return next((name for name in STAGES if name in trained), None)
     return None if "primer" in trained else "primer"
 
 
@@ -112,7 +126,3 @@ def _places(places: dict[str, list[str]]) -> list[str]:
         for path in paths
         for word in (option_of(name), shown(Path(path)))
     ]
-
-
-def _shown_config(config: str) -> str:
-    return shown(Path(config)) if Path(config).is_absolute() else config

@@ -82,7 +82,20 @@ def test_what_a_script_prints_is_pasted_into_a_shell(texts, tmp_path):
     ]
     pasted = bash("\n".join(commands.values()))
     assert pasted.returncode == 0, pasted.stderr
-    assert (tmp_path / "out" / "primer" / "best.pt").exists()
+    tuned = open_checkpoint(tmp_path / "out" / "chat" / "best.pt")
+    assert tuned.train_cfg["p_train"] == {"primer": 1.0}
+
+
+def test_a_run_on_text_and_dialogues_goes_on_with_the_text(niels, tmp_path):
+    (tmp_path / "novel.txt").write_text("It was a dark and stormy night.\n" * 99)
+    (tmp_path / "c.json").write_text(json.dumps(TINY))
+    given = ["--text", "novel.txt", "--mix", "text=9,primer=1", "--set", "train.total_steps=2"]
+    result = niels("train", "--config", "c.json", "--out", "o", "--device", "cpu", *given)
+    assert result.exit_code == 0, result.output
+    _, *words = shlex.split(printed(result.stdout)["fine-tune it on the text alone"])
+    tuned = niels(*words, "--dry-run", "--json")
+    assert tuned.exit_code == 0, tuned.output
+    assert list(json.loads(tuned.stdout)["sources"]["val"]) == ["text"]
 
 
 MODULE = ("py", "-m", "niels_gpt")
