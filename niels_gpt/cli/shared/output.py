@@ -239,7 +239,7 @@ def process() -> Iterator[None]:
     # Torch warns on import if NumPy is missing; it is not needed here.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     # Torch's own forward mode warns of what torch itself uses.
-    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is ")
     warnings.filterwarnings("ignore", module=r"torch(\.|$)")  # about how we call it, not for users
     try:
         yield
