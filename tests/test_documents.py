@@ -100,11 +100,14 @@ def test_every_command_of_a_document_is_accepted(document: Path):
 def test_every_environment_that_a_document_names_exists():
     tox = configparser.ConfigParser(interpolation=None)
     tox.read(ROOT / "tox.ini")
+    known = {name.removeprefix("testenv:") for name in tox.sections()}
+    known |= {name.strip() for name in tox["tox"]["env_list"].split(",")}
     for document in DOCUMENTS:
         for words in commands(document.read_text()):
             if words[0].endswith("tox") and "-e" in words:
                 name = words[words.index("-e") + 1]
-                assert f"testenv:{name}" in tox, f"{document.name}: {shlex.join(words)}"
+                name = re.sub(r"^py\d+-", "", name)  # on another Python
+                assert name in known, f"{document.name}: {shlex.join(words)}"
 
 
 def test_most_documents_have_a_command():
