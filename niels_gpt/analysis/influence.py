@@ -130,15 +130,15 @@ def training_documents(
 ) -> list[tuple[str, bytes]]:
     """Return what a run trains on of notes and of own text, document by document, by name.
 
-    A name is the path below the folder, or that of a file named itself. Of a run that was on
-    neither, the notes of the config are returned.
+    A name is the path below the folder, or that of a file named itself. Own text is also taken if
+    it is named in the config, and of a run that was on neither the notes are.
 
     Raises:
         ValueError, RuntimeError: if none has at least `min_bytes`.
     """
     cfg = replace(cfg, seed=train_cfg.seed)
     found: list[tuple[str, bytes]] = []
-    if train_cfg.p_train.get("text"):
+    if train_cfg.p_train.get("text") or "text" in cfg.places:
         found += read_documents(reading("text", cfg))
     if train_cfg.p_train.get("roam") or not found:
         how = reading("roam", cfg)

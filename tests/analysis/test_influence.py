@@ -142,7 +142,9 @@ def test_documents_are_those_of_the_sources_that_the_run_was_on(texts):
         assert path.read_bytes().startswith(text)
         assert 0.85 < len(text) / path.stat().st_size < 0.96
     both = influence.training_documents(cfg, TrainConfig(p_train={"text": 0.5, "roam": 0.5}))
-    notes = influence.training_documents(cfg, TrainConfig(p_train={"wiki": 1.0}))
+    neither = TrainConfig(p_train={"wiki": 1.0})
+    assert influence.training_documents(cfg, neither) == alone  # named is enough
+    notes = influence.training_documents(replace(cfg, places={}), neither)
     assert len(notes) == 11
     assert both == alone + notes
 

@@ -47,7 +47,8 @@ def test_a_model_that_has_read_no_dialogue_says_how_to_teach_it(tmp_path):
     path = save_lively(tmp_path / "best.pt", p_train={"wiki": 1.0})
     note = chat(path, "--message", "Hi").stderr
     assert note.startswith("note: trained without dialogues")
-    assert note.endswith(f": niels-gpt train --config chat --from {path}\n")
+    command = f"niels-gpt train --config chat --from {path} --out {tmp_path / 'chat'}"
+    assert note.endswith(f": {command}\n")
 
 
 def test_what_is_left_out_is_told_on_stderr(ckpt):
