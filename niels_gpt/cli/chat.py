@@ -47,7 +47,7 @@ def main(message: str | None, system: str | None, generation: Generation) -> Non
         voice = Voice(trained.params, trained.cfg, sampling, generation.max_bytes)
         chat = new_chat(system and _whole(system), generation.seed)
         if not knows_dialogues(trained):
-            console.tell(f"trained without dialogues, it will hardly answer; {_teach(trained.path)}")
+            console.tell(f"trained without dialogues, it will hardly answer; {_how(trained.path)}")
     with exit_on_failure(1):
         if message is not None:
             answer(voice, chat, _whole(message), console.write, console.tell)
@@ -58,7 +58,7 @@ def main(message: str | None, system: str | None, generation: Generation) -> Non
             converse(voice, chat, _piped(), console.write, console.tell)
 
 
-def _teach(path: Path) -> str:
+def _how(path: Path) -> str:
     """Return the command that teaches a model to chat."""
     words = ["--config", "chat", "--from", str(path), "--out", str(path.parent / "chat")]
     return f"to teach it: {shlex.join([*this_program().train, *words])}"
