@@ -23,6 +23,7 @@ from niels_gpt.files.strict_json import save_json as save_json
 SOURCE_NAMES = tuple(SOURCES)
 OPTIMIZERS = ("adamw", "muon")  # each a module of niels_gpt.optim
 INITS = ("normal", "fan_in")
+LR_DECAYS = ("cosine", "linear")  # as niels_gpt.lr_schedule defines them
 MAX_CONFIG_BYTES = 1_000_000
 LARGEST_FLOAT = 1e30  # float32 holds it with room for one multiplication
 
@@ -101,6 +102,10 @@ class TrainConfig:
     warmup_steps: int = field(default=200, metadata=_bounds(0, 10**9, "updates of linear warmup"))
     min_lr: float = field(
         default=3e-5, metadata=_bounds(0, LARGEST_FLOAT, "learning rate of the last update")
+    )
+    lr_decay: str = field(
+        default="cosine",
+        metadata=_one_of(LR_DECAYS, "from base_lr to min_lr: cosine, or linear"),
     )
     grad_clip: float = field(
         default=1.0,

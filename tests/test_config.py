@@ -81,6 +81,7 @@ def test_defaults_are_the_contract():
         "weight_decay": 0.1,
         "optimizer": "adamw",
         "init": "normal",
+        "lr_decay": "cosine",
         "val_source": "wiki",
     }
     assert default_p_train() == {"wiki": 0.784, "roam": 0.196, "primer": 0.020}

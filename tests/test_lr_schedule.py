@@ -8,8 +8,9 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from niels_gpt import config
 from niels_gpt.config import TrainConfig
-from niels_gpt.lr_schedule import lr_at_step, lr_of_step
+from niels_gpt.lr_schedule import DECAYS, lr_at_step, lr_of_step
 
 TOTAL = 1000
 SMOKE = {"base_lr": 3e-4, "warmup_steps": 200, "min_lr": 3e-5}
@@ -57,7 +58,13 @@ def schedules(draw):
     near = st.integers(max(0, total - 3), total + 3)
     warmup = draw(st.one_of(st.integers(0, 3), near, st.integers(0, 2 * total)))
     min_lr, base_lr = sorted([draw(rates), draw(rates)])
-    return total, {"base_lr": base_lr, "warmup_steps": warmup, "min_lr": min_lr}
+    decay = draw(st.sampled_from(sorted(DECAYS)))
+    return total, {
+        "base_lr": base_lr,
+        "warmup_steps": warmup,
+        "min_lr": min_lr,
+        "decay": decay,
+    }
 
 
 @st.composite
@@ -89,12 +96,14 @@ def test_is_monotone_on_each_side_of_the_peak(case):
     st.floats(0, 1e3, allow_subnormal=False),
     st.floats(0, 1e3, allow_subnormal=False),
     st.integers(0, 50),
+    st.sampled_from(sorted(DECAYS)),
 )
-@example(2999, 1.0, 1.0 - 2**-53, 0)
-@example(2999, 5e-324, 0.0, 7)
-def test_is_monotone_along_a_whole_curve(total, one_lr, other_lr, warmup):
+@example(2999, 1.0, 1.0 - 2**-53, 0, "cosine")
+@example(2999, 1.0, 1.0 - 2**-53, 0, "linear")
+@example(2999, 5e-324, 0.0, 7, "cosine")
+def test_is_monotone_along_a_whole_curve(total, one_lr, other_lr, warmup, decay):
     min_lr, base_lr = sorted([one_lr, other_lr])
-    lrs = curve(total, base_lr=base_lr, warmup_steps=warmup, min_lr=min_lr)
+    lrs = curve(total, base_lr=base_lr, warmup_steps=warmup, min_lr=min_lr, decay=decay)
     assert lrs[: warmup + 1] == sorted(lrs[: warmup + 1])
     assert lrs[warmup:] == sorted(lrs[warmup:], reverse=True)
 
@@ -161,9 +170,24 @@ def test_decay_follows_the_cosine():
     assert lrs[75] == pytest.approx((1 - math.sqrt(0.5)) / 2, rel=1e-12)
 
 
-def test_a_run_takes_its_schedule_from_its_config():
-    cfg = TrainConfig(total_steps=50, warmup_steps=7, base_lr=0.5, min_lr=0.125)
-    expected = curve(50, warmup_steps=7, base_lr=0.5, min_lr=0.125)
+def test_a_linear_decay_is_a_straight_line():
+    lrs = curve(101, base_lr=1.0, warmup_steps=0, min_lr=0.5, decay="linear")
+    assert lrs == pytest.approx([1 - k / 200 for k in range(101)], rel=1e-12)
+
+
+def test_the_decay_is_a_cosine_if_nothing_is_said():
+    assert curve(50, **SMOKE) == curve(50, **SMOKE, decay="cosine")
+    assert TrainConfig().lr_decay == "cosine"
+
+
+def test_the_config_knows_the_decays():
+    assert tuple(DECAYS) == config.LR_DECAYS
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_a_run_takes_its_schedule_from_its_config(decay):
+    cfg = TrainConfig(total_steps=50, warmup_steps=7, base_lr=0.5, min_lr=0.125, lr_decay=decay)
+    expected = curve(50, warmup_steps=7, base_lr=0.5, min_lr=0.125, decay=decay)
     assert [lr_of_step(step, cfg) for step in range(50)] == expected
 
 
@@ -215,6 +239,8 @@ def test_min_lr_above_base_lr_is_refused_with_both():
         ("min_lr", -0.01),
         ("min_lr", math.nan),
         ("min_lr", None),
+        ("decay", "exponential"),
+        ("decay", None),
     ],
 )
 def test_illegal_arguments_are_named_with_their_value(name, value):
