@@ -1,6 +1,6 @@
 """The runs of the scaling law, and its fit.
 
-    python -m benchmarks.scaling --wiki DIR --roam DIR      # about 45 minutes on one thread
+    python -m benchmarks.scaling --wiki DIR --roam DIR      # about an hour on one thread
     python -m benchmarks.scaling --fit                      # of the runs so far
 
 Each run is a whole schedule, from a new network to a rate of 0. Its result is a line of
@@ -79,7 +79,7 @@ def rates() -> list[Run]:
 
 
 def grid() -> list[Run]:
-    """Return the runs of the law: five sizes with several budgets each, and repeated text.
+    """Return the runs of the law: six sizes with several budgets each, and repeated text.
 
     The smallest size has five seeds at two budgets. What tells most of the law comes first.
     """
@@ -89,7 +89,7 @@ def grid() -> list[Run]:
         return Run(C, L, 128 * quarters, base_lr(C), **more)
 
     budgets = {(32, 2): (1, 2, 4, 8, 16), (64, 2): (1, 2, 4, 8, 16), (96, 3): (1, 2, 4, 8)}
-    larger = {(128, 3): (1, 2, 4, 8), (192, 4): (2, 4)}
+    larger = {(128, 3): (1, 2, 4, 8), (192, 4): (2, 4, 8), (256, 4): (4, 8)}
     fresh = [run(C, L, n) for (C, L), several in {**budgets, **larger}.items() for n in several]
     seeds = [run(32, 2, n, seed=seed) for n in (1, 4) for seed in (43, 44, 45, 46)]
     sizes = ((32, 2, 2**16), (64, 2, 2**16), (64, 2, 2**18), (96, 3, 2**17))

@@ -25,7 +25,7 @@ from niels_gpt.files.names import METRICS
 MODEL = {"T": 64, "C": 128, "L": 4, "H": 4, "d_ff": 512, "dropout": 0.0}
 COMMON = {"eval_steps": 100, "grad_clip": 1.0, "weight_decay": 0.1, "p_train": {"wiki": 1.0}}
 RECIPE = {"B": 12, "total_steps": 2000, "base_lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 100}
-OURS = {"optimizer": "muon", "init": "fan_in", "min_lr": 0.0}
+OURS = {"optimizer": "muon", "init": "fan_in", "min_lr": 0.0, "lr_decay": "linear"}
 RATES = {"a quarter of its time": 0.016, "all of its time": 0.01}
 
 

@@ -283,7 +283,7 @@ def _reasons_of_run(choices: Sequence[Choice], texts: Mapping[str, Text]) -> dic
 def _reasons_of_schedule(cfg: TrainConfig, best: Choice) -> dict[str, str]:
     nats, low, high = best.expected
     return {
-        "lr": f"{cfg.base_lr:g}, to 0 at the end; the rate of the law's runs, "
+        "lr": f"{cfg.base_lr:g}, then in a straight line to 0; the rate of the law's runs, "
         f"{scaling.LR:g} at C={scaling.LR_WIDTH}, falling as C^-{scaling.LR_FALL:g}",
         "warmup": f"{cfg.warmup_steps:,} steps, a tenth",
         "loss": f"{nats:.2f} nats per byte ({nats / math.log(2):.2f} bits) on Wikipedia, "

@@ -125,12 +125,13 @@ def base_lr(C: int) -> float:
 
 
 def train_config(B: int, steps: int, lr: float, p_train: Mapping[str, float]) -> TrainConfig:
-    """Return the schedule of a run: Muon, warmup over a tenth, then down to 0."""
+    """Return the schedule of a run: Muon, warmup over a tenth, then in a straight line to 0."""
     return TrainConfig(
         B=B,
         total_steps=steps,
         base_lr=lr,
         min_lr=0.0,
+        lr_decay="linear",
         warmup_steps=round(steps * WARMUP),
         optimizer="muon",
         init="fan_in",
