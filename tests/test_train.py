@@ -341,18 +341,31 @@ def test_a_resume_under_another_optimizer_is_refused_with_both_names(train, tmp_
     assert contents(tmp_path / "out") == before
 
 
-def test_a_checkpoint_of_a_version_without_the_names_resumes_exactly(train, tmp_path):
-    out = tmp_path / "out"
-    train("--out", out)
-    whole, path = contents(out), out / "step_0000004.pt"
+@pytest.fixture
+def of_an_older_version(train, tmp_path):
+    """A checkpoint whose config lacks the keys that were added later, of a run that went on."""
+    train("--out", tmp_path / "out")
+    path = tmp_path / "out" / "step_0000004.pt"
     payload = load_checkpoint(path, device="cpu")
-    for key in ("optimizer", "init"):
+    for key in ("optimizer", "init", "lr_decay"):
         del payload["train_cfg"][key]
     write_payload([path], payload)
+    return path
+
+
+def test_a_checkpoint_of_an_older_version_resumes_exactly(train, of_an_older_version):
+    path = of_an_older_version
+    whole = contents(path.parent)
     result = train("--resume", path)
     assert result.exit_code == 0, result.stderr
     assert "in the checkpoint, now" not in result.stderr
-    assert contents(out) == {**whole, path.name: path.read_bytes()}
+    assert contents(path.parent) == whole
+
+
+def test_what_an_older_version_could_not_say_is_the_default(train, of_an_older_version):
+    result = train("--resume", of_an_older_version, "--set", "train.lr_decay=linear")
+    assert result.exit_code == 0, result.stderr
+    assert "train.lr_decay: 'cosine' in the checkpoint, now 'linear'" in result.stderr
 
 
 def test_a_second_run_in_the_same_folder_is_refused_with_the_pid_of_the_first(train, tmp_path):

@@ -164,11 +164,12 @@ def _newest(folder: Path) -> Origin:
 
 def _resume_messages(resumed: Checkpoint, train_cfg: TrainConfig) -> list[str]:
     """Return messages about inexact resumption and changed settings."""
-    before, now = {"val_source": resumed.val_source, **resumed.train_cfg}, to_dict(train_cfg)
+    defaults, now = to_dict(TrainConfig()), to_dict(train_cfg)
+    before = {**defaults, "val_source": resumed.val_source, **resumed.train_cfg}
     changed = [
         f"train.{name}: {before[name]!r} in the checkpoint, now {now[name]!r}"
         for name in now
-        if name in before and before[name] != now[name]
+        if before[name] != now[name]
     ]
     return [*(f"{resumed.path}: {message}" for message in resumed.messages), *changed]
 
