@@ -7,7 +7,6 @@ and beside one busy process for each processor, all ways in turn. `spin N` is GO
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import statistics
 import subprocess
@@ -17,10 +16,13 @@ from pathlib import Path
 
 import click
 
-from benchmarks.sides import SIDES
+from benchmarks.sides import side_of
+from benchmarks.timing import median_seconds
+from niels_gpt.config import load_config_from_json
 from niels_gpt.device import WAITING, available_processors
-from niels_gpt.paths import CONFIG_DIR
+from niels_gpt.paths import CONFIG_DIR, REPO_ROOT
 
+STEPS = 20
 LOOP = "while True: pass"
 
 
@@ -36,23 +38,29 @@ def busy_processors(count: int) -> Iterator[None]:
             process.wait()
 
 
-def seconds_per_step(side: str, config: Path, way: dict[str, str]) -> float:
+def seconds_per_step(checkout: Path, side: str, config: Path, way: dict[str, str]) -> float:
     """Return the median time of a step in a process with this environment."""
     others = {name: value for name, value in os.environ.items() if name not in WAITING}
-    words = [sys.executable, "-m", "benchmarks.child", "step", side, "--config", str(config)]
-    found = subprocess.run(words, env={**others, **way}, check=True, capture_output=True, text=True)
-    return float(json.loads(found.stdout)["seconds_per_step"])
+    cfgs = load_config_from_json(config)
+    with side_of(checkout, side, *cfgs, environment={**others, **way}) as step:
+        return median_seconds({side: step}, rounds=STEPS, warmup=3)[side]
 
 
 @click.command()
 @click.option("--config", type=click.Path(exists=True, path_type=Path))
 @click.option("--spins", type=int, multiple=True, default=(0, 500, 2000, 20000), show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-def main(config: Path | None, spins: tuple[int, ...], rounds: int) -> None:
+@click.option("--before", type=click.Path(exists=True, resolve_path=True, path_type=Path))
+def main(config: Path | None, spins: tuple[int, ...], rounds: int, before: Path | None) -> None:
     """Print the median step of each side and way, alone and beside busy processes."""
     config = config or CONFIG_DIR / "quick.json"
-    ways = {"OpenMP's default": {}, **{f"spin {n}": {"GOMP_SPINCOUNT": str(n)} for n in spins}}
-    sides = [("imperative", "OpenMP's default"), *((SIDES[1], way) for way in ways)]
+    default = "OpenMP's default"
+    ways = {default: {}, **{f"spin {n}": {"GOMP_SPINCOUNT": str(n)} for n in spins}}
+    sides = [("plain loop", default), *(("niels_gpt", way) for way in ways)]
+    places = {"plain loop": (REPO_ROOT, "imperative"), "niels_gpt": (REPO_ROOT, "niels_gpt")}
+    if before:
+        sides.append(("before", default))
+        places["before"] = before, "niels_gpt"
     click.echo("| side | waiting | alone, ms | busy, ms | busy / alone |")
     click.echo("| --- | --- | --- | --- | --- |")
     taken: dict[tuple[str, str, bool], list[float]] = {}
@@ -60,7 +68,7 @@ def main(config: Path | None, spins: tuple[int, ...], rounds: int) -> None:
         for busy in (0, available_processors()):
             with busy_processors(busy):
                 for side, way in sides:
-                    seconds = seconds_per_step(side, config, ways[way])
+                    seconds = seconds_per_step(*places[side], config, ways[way])
                     taken.setdefault((side, way, busy > 0), []).append(seconds)
     for side, way in sides:
         alone, beside = (1e3 * statistics.median(taken[side, way, i]) for i in (False, True))

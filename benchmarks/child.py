@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -54,21 +53,6 @@ def memory(side: str, config: Path, steps: int, compiled: bool) -> None:
     for _ in range(steps):
         step()
     _print(peak_bytes=_peak_bytes(), faults_per_step=(_page_faults() - before) / steps)
-
-
-@main.command("step")
-@click.argument("side", type=click.Choice(SIDES))
-@click.option("--config", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--steps", type=click.IntRange(1), default=20)
-def median_step(side: str, config: Path, steps: int) -> None:
-    """Median seconds of an eager step."""
-    step = make_side(side, *load_config_from_json(config))
-    taken = []
-    for _ in range(WARMUP + steps):
-        started = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - started)
-    _print(seconds_per_step=statistics.median(taken[WARMUP:]))
 
 
 @main.command()

@@ -5,6 +5,7 @@ python -m benchmarks.large_text --wiki DIR 20 2000 20000
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -15,10 +16,13 @@ from typing import NamedTuple
 
 import click
 
+from niels_gpt.paths import REPO_ROOT
+
 MB = 1_000_000
 STEPS = 5
 NETWORK = {"model.C": 64, "model.d_ff": 256, "model.T": 128, "model.L": 2, "model.dropout": 0}
 RUN = {"train.total_steps": STEPS, "train.log_every": 1, "train.eval_steps": 2, "train.B": 8}
+MIX = {"train.p_train.wiki": 1, "train.p_train.roam": 0, "train.p_train.primer": 0}
 LAUNCH = """
 import os, pathlib
 from niels_gpt import paths
@@ -42,25 +46,34 @@ class Cost(NamedTuple):
 @click.option("--wiki", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--sparse", type=int, help="From this size on, zeros that take no space.")
 @click.option("--tmp", type=click.Path(exists=True, path_type=Path), help="Where to work.")
-def main(sizes: tuple[int, ...], wiki: Path, sparse: int | None, tmp: Path | None) -> None:
+@click.option(
+    "--before",
+    type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path),
+    help="Another checkout, to measure too.",
+)
+def main(
+    sizes: tuple[int, ...], wiki: Path, sparse: int | None, tmp: Path | None, before: Path | None
+) -> None:
     """Build text of each size in a folder of its own, then train on it from the cache."""
-    for size in sizes:
+    checkouts = {"": REPO_ROOT, **({", before": before} if before else {})}
+    for size, when in itertools.product(sizes, checkouts):
         with tempfile.TemporaryDirectory(dir=tmp) as folder:
-            home = Path(folder)
-            lay_out(home, wiki, size * MB, is_sparse=sparse is not None and size >= sparse)
-            sets = [word for k, v in (NETWORK | RUN).items() for word in ("--set", f"{k}={v}")]
-            train = ["train", "--config", "quick", "--no-compile", "--mix", "wiki=1", *sets]
-            for name, command in {
-                "build": ["data", "build"],
-                "train": train,
-                "build --verify": ["data", "build", "--verify"],
-            }.items():
-                cost = measure(home, *command)
+            lay_out(Path(folder), wiki, size * MB, is_sparse=bool(sparse and size >= sparse))
+            for name, command in commands(checkouts[when]).items():
+                cost = measure(checkouts[when], Path(folder), *command)
                 first = f", first step after {cost.first:.1f} s" if cost.first else ""
                 click.echo(
-                    f"{size:>6,} MB  {name:15} peak {cost.peak / MB:5.0f} MB, "
+                    f"{size:>6,} MB{when}  {name:15} peak {cost.peak / MB:5.0f} MB, "
                     f"{cost.seconds:6.1f} s{first}"
                 )
+
+
+def commands(checkout: Path) -> dict[str, list[str]]:
+    """Return the commands to measure; the full check is this checkout's alone."""
+    sets = [w for k, v in (NETWORK | RUN | MIX).items() for w in ("--set", f"{k}={v}")]
+    check = {"build --verify": ["data", "build", "--verify"]} if checkout == REPO_ROOT else {}
+    train = ["train", "--config", "quick", "--no-compile", *sets]
+    return {"build": ["data", "build"], "train": train, **check}
 
 
 def lay_out(home: Path, wiki: Path, size: int, *, is_sparse: bool) -> None:
@@ -75,14 +88,15 @@ def lay_out(home: Path, wiki: Path, size: int, *, is_sparse: bool) -> None:
         file.truncate(size)
 
 
-def measure(home: Path, *command: str) -> Cost:
-    """Run a command of the package in a process of its own."""
-    environment = {**os.environ, "TEXT_HOME": str(home)}
+def measure(checkout: Path, home: Path, *command: str) -> Cost:
+    """Run a command of a checkout's package in a process of its own."""
+    environment = {**os.environ, "TEXT_HOME": str(home), "PYTHONPATH": str(checkout)}
     started = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, "-c", LAUNCH, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        cwd=checkout,
         env=environment,
     ) as process:
         assert process.stdout is not None

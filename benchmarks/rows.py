@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.sides import SIDES, Side, make_side
+from benchmarks.sides import SAMPLED, SIDES, Side, make_side, side_of
 from benchmarks.timing import make_sgemm, median_seconds, sgemm_flops
-from niels_gpt import evaluate, make_state
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.model.flops import forward_flops, step_flops
-from niels_gpt.paths import CONFIG_DIR
+from niels_gpt.paths import CONFIG_DIR, REPO_ROOT
 
 DEFAULT = ModelConfig()
 SMALL = ModelConfig(L=4, H=4, C=128, T=64, d_ff=512, dropout=0.0)
+MODES = {"eager": False, "compiled": True}
 LARGE = ModelConfig(L=8, H=8, C=512, T=512, d_ff=2048)
 
 
@@ -41,10 +44,11 @@ class Figure(NamedTuple):
 
 
 class Effort(NamedTuple):
-    """How long to measure."""
+    """How long to measure, and against what."""
 
     rounds: int
     warmup: int
+    before: Path | None = None  # another checkout, whose sides take their turns
 
 
 def default_step(effort: Effort) -> list[Figure]:
@@ -53,38 +57,32 @@ def default_step(effort: Effort) -> list[Figure]:
 
 
 def small_model(effort: Effort) -> list[Figure]:
+    """Speed of the small model against the plain loop."""
     return _compare(", small", SMALL, TrainConfig(B=12), effort, Bars(eager=1.0, compiled=1.3))
 
 
 def large_model(effort: Effort) -> list[Figure]:
     """Share of the floor that the large model reaches, eager and compiled."""
     cfg = TrainConfig(B=8)
-    seconds = median_seconds(
-        {
-            "sgemm": make_sgemm(),
-            "eager": make_side("niels_gpt", LARGE, cfg),
-            "compiled": make_side("niels_gpt", LARGE, cfg, compiled=True),
-        },
-        rounds=effort.rounds,
-        warmup=effort.warmup,
-    )
+    flops = step_flops(LARGE, B=cfg.B)
+    jobs = {mode: Job("niels_gpt", LARGE, cfg, compiled) for mode, compiled in MODES.items()}
+    seconds = _times(jobs, effort)
     return [
-        _share_of_floor(f"{name}, large", LARGE, cfg, seconds[name], seconds["sgemm"], bar=0.85)
-        for name in ("eager", "compiled")
+        _share(f"{mode}, large step, share of the floor{when}", flops, times, mode, bar=0.85)
+        for when, times in _by_checkout(seconds)
+        for mode in MODES
     ]
 
 
 def dropout_cost(effort: Effort) -> list[Figure]:
     """Time that dropout 0.1 adds to a step, relative to the step without it."""
-    cfg = TrainConfig()
     models = {"with": DEFAULT, "without": replace(DEFAULT, dropout=0.0)}
     figures = []
-    for compiled in (False, True):
-        sides = {n: make_side("niels_gpt", m, cfg, compiled=compiled) for n, m in models.items()}
-        seconds = median_seconds(sides, rounds=effort.rounds, warmup=effort.warmup)
-        cost = seconds["with"] / seconds["without"] - 1
-        mode = "compiled" if compiled else "eager"
-        figures.append(Figure(f"dropout cost, {mode}", cost, 0.12, False, seconds))
+    for mode, compiled in MODES.items():
+        jobs = {n: Job("niels_gpt", m, TrainConfig(), compiled) for n, m in models.items()}
+        for when, seconds in _by_checkout(_times(jobs, effort)):
+            cost = seconds["with"] / seconds["without"] - 1
+            figures.append(Figure(f"dropout cost, {mode}{when}", cost, 0.12, False, seconds))
     return figures
 
 
@@ -113,30 +111,59 @@ def loop_overhead(effort: Effort) -> list[Figure]:
 
 def evaluation(effort: Effort) -> list[Figure]:
     """Share of the forward floor that `evaluate` reaches."""
-    batches = 4
-    cfg = TrainConfig(eval_steps=batches)
-    state = make_state(DEFAULT, cfg)
-    stream = bytes(torch.randint(256, (1_000_000,), dtype=torch.uint8).tolist())
-    seconds = median_seconds(
-        {"sgemm": make_sgemm(), "evaluate": lambda: evaluate(state, stream, 1)},
-        rounds=effort.rounds,
-        warmup=effort.warmup,
-    )
-    flops = batches * forward_flops(DEFAULT, B=cfg.B)
-    share = flops / (sgemm_flops() / seconds["sgemm"]) / seconds["evaluate"]
-    return [Figure("evaluation against forward floor", share, 0.75, True, seconds)]
+    cfg = TrainConfig(eval_steps=4)
+    flops = cfg.eval_steps * forward_flops(DEFAULT, B=cfg.B)
+    return [
+        _share("evaluation against forward floor" + when, flops, seconds, "evaluate", bar=0.75)
+        for when, seconds in _by_checkout(
+            _times({"evaluate": Job("evaluate", DEFAULT, cfg)}, effort)
+        )
+    ]
+
+
+def sampling(effort: Effort) -> list[Figure]:
+    """Bytes per second of `generate`, one text on one thread and 64 texts on all."""
+    figures = []
+    threads = torch.get_num_threads()
+    for texts, used, bar in ((1, 1, 600), (64, threads, 8000)):
+        torch.set_num_threads(used)
+        jobs = {"sample": Job("sample", DEFAULT, TrainConfig(B=texts))}
+        for when, seconds in _by_checkout(_times(jobs, effort)):
+            rate = texts * SAMPLED / seconds["sample"]
+            name = f"bytes/s, {texts} at once, threads {used}{when}"
+            figures.append(Figure(name, rate, bar, True, seconds))
+    torch.set_num_threads(threads)
+    return figures
 
 
 def start_up(effort: Effort) -> list[Figure]:
     """Seconds from the command to the first finished step of the quick config, warm caches."""
     figures = []
-    for flag, bar in (("--no-compile", 5.0), ("--compile", 15.0)):
-        _seconds_to_first_step(flag)  # warms the caches
-        repeats = [_seconds_to_first_step(flag) for _ in range(max(3, effort.rounds // 3))]
-        seconds = statistics.median(repeats)
-        figures.append(
-            Figure(f"start to first step, {flag}", seconds, bar, False, {"slowest": max(repeats)})
-        )
+    for flag, bar in (("--no-compile", 3.0), ("--compile", 15.0)):
+        for when, checkout in _checkouts(effort):
+            _seconds_to_first_step("quick", flag, checkout)  # warms the caches
+            repeats = [
+                _seconds_to_first_step("quick", flag, checkout)
+                for _ in range(max(3, effort.rounds // 3))
+            ]
+            seconds = statistics.median(repeats)
+            name = f"start to first step, {flag}{when}"
+            figures.append(Figure(name, seconds, bar, False, {"slowest": max(repeats)}))
+    return figures
+
+
+def compiling(effort: Effort) -> list[Figure]:
+    """Seconds that compiling adds to the start of the smoke config: cold, then from the cache."""
+    figures = []
+    for when, checkout in _checkouts(effort):
+        eager = _seconds_to_first_step("smoke", "--no-compile", checkout)
+        with tempfile.TemporaryDirectory() as cache:
+            environment = {"TORCHINDUCTOR_CACHE_DIR": cache}
+            for name, bar in (("cold", 25.0), ("from its cache", 4.0)):
+                seconds = _seconds_to_first_step("smoke", "--compile", checkout, environment)
+                detail = {"compiled": seconds, "eager": eager}
+                added = seconds - eager
+                figures.append(Figure(f"compiling, {name}{when}", added, bar, False, detail))
     return figures
 
 
@@ -150,7 +177,9 @@ ROWS: dict[str, Callable[[Effort], list[Figure]]] = {
         large_model,
         loop_overhead,
         evaluation,
+        sampling,
         start_up,
+        compiling,
     )
 }
 
@@ -168,59 +197,74 @@ def _compare(
     suffix: str, model_cfg: ModelConfig, cfg: TrainConfig, effort: Effort, bars: Bars
 ) -> list[Figure]:
     """Time both sides, eager and compiled, in turn: their ratios, and our shares of the floor."""
-    sides: dict[str, Side] = {
-        f"{name} {mode}": make_side(name, model_cfg, cfg, compiled=mode == "compiled")
-        for mode in ("eager", "compiled")
+    jobs = {
+        f"{name} {mode}": Job(name, model_cfg, cfg, compiled)
+        for mode, compiled in MODES.items()
         for name in SIDES
     }
-    seconds = median_seconds(
-        {"sgemm": make_sgemm(), **sides}, rounds=effort.rounds, warmup=effort.warmup
-    )
-    plain, ours = (
-        {mode: seconds[f"{name} {mode}"] for mode in ("eager", "compiled")} for name in SIDES
-    )
-    pairs = {
-        **{mode: (plain[mode], ours[mode], getattr(bars, mode)) for mode in plain},
-        "best": (min(plain.values()), min(ours.values()), bars.best),
-    }
-    return [
-        *(
-            Figure(
-                f"{name} step{suffix}, against plain loop",
-                a / b,
-                bar,
-                True,
-                {"plain": a, "ours": b},
-            )
-            for name, (a, b, bar) in pairs.items()
-        ),
-        *(
-            _share_of_floor(
-                f"{mode}{suffix}",
-                model_cfg,
-                cfg,
-                ours[mode],
-                seconds["sgemm"],
-                bar=bars.floor if mode == "compiled" else 0.0,
-            )
-            for mode in ours
-        ),
-    ]
+    figures = []
+    for when, seconds in _by_checkout(_times(jobs, effort)):
+        plain, ours = ({mode: seconds[f"{name} {mode}"] for mode in MODES} for name in SIDES)
+        pairs = {
+            **{mode: (plain[mode], ours[mode], getattr(bars, mode)) for mode in MODES},
+            "best": (min(plain.values()), min(ours.values()), bars.best),
+        }
+        for name, (a, b, bar) in pairs.items():
+            title = f"{name} step{suffix}, against plain loop{when}"
+            figures.append(Figure(title, a / b, bar, True, {"plain": a, "ours": b}))
+        flops = step_flops(model_cfg, B=cfg.B)
+        for mode in MODES:
+            title, bar = f"{mode}{suffix} step, share of the floor{when}", bars.floor
+            side = f"{SIDES[1]} {mode}"
+            figures.append(_share(title, flops, seconds, side, bar if mode == "compiled" else 0))
+    return figures
 
 
-def _share_of_floor(
-    mode: str,
-    model_cfg: ModelConfig,
-    cfg: TrainConfig,
-    seconds: float,
-    sgemm_seconds: float,
-    *,
-    bar: float,
-) -> Figure:
-    rate = sgemm_flops() / sgemm_seconds
-    floor = step_flops(model_cfg, B=cfg.B) / rate
-    detail = {"seconds": seconds, "floor_seconds": floor, "sgemm_gflops": rate / 1e9}
-    return Figure(f"{mode} step, share of the floor", floor / seconds, bar, True, detail)
+# --- what the rows share -----------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """A side to time."""
+
+    name: str  # of benchmarks.sides.MAKERS
+    model_cfg: ModelConfig
+    train_cfg: TrainConfig
+    compiled: bool = False
+
+
+BEFORE = "before: "
+
+
+def _times(jobs: Mapping[str, Job], effort: Effort) -> dict[str, float]:
+    """Return the median seconds of jobs done in turn: ours, and as BEFORE those of the other."""
+    with ExitStack() as stack:
+        sides: dict[str, Side] = {"sgemm": make_sgemm()}
+        for name, job in jobs.items():
+            sides[name] = make_side(*job)
+            if effort.before and job.name != "imperative":
+                sides[BEFORE + name] = stack.enter_context(side_of(effort.before, *job))
+        return median_seconds(sides, rounds=effort.rounds, warmup=effort.warmup)
+
+
+def _by_checkout(seconds: Mapping[str, float]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield the times of this checkout, then, if there is another, with its own in their place."""
+    now = {name: value for name, value in seconds.items() if not name.startswith(BEFORE)}
+    yield "", now
+    before = {name: seconds[BEFORE + name] for name in now if BEFORE + name in seconds}
+    if before:
+        yield ", before", now | before
+
+
+def _checkouts(effort: Effort) -> list[tuple[str, Path]]:
+    return [("", REPO_ROOT), *([(", before", effort.before)] if effort.before else [])]
+
+
+def _share(name: str, flops: int, seconds: Mapping[str, float], side: str, bar: float) -> Figure:
+    """Return the share of the floor, which is these operations at the speed of sgemm."""
+    rate = sgemm_flops() / seconds["sgemm"]
+    floor = flops / rate
+    detail = {"seconds": seconds[side], "floor_seconds": floor, "sgemm_gflops": rate / 1e9}
+    return Figure(name, floor / seconds[side], bar, True, detail)
 
 
 def _child(*args: str) -> dict[str, float]:
@@ -235,12 +279,23 @@ def _child(*args: str) -> dict[str, float]:
     return values
 
 
-def _seconds_to_first_step(flag: str) -> float:
-    command = [sys.executable, "-m", "niels_gpt.train", "--config", "quick.json", flag]
+def _seconds_to_first_step(
+    config: str, flag: str, checkout: Path, environment: Mapping[str, str] | None = None
+) -> float:
+    """Return the seconds from the command of a checkout to the line of its first step."""
+    command = [sys.executable, "-m", "niels_gpt.train", "--config", config, flag]
+    paths = {"PYTHONPATH": str(checkout), **(environment or {})}
     started = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as out,
-        subprocess.Popen([*command, "--out", out], stdout=subprocess.PIPE, text=True) as process,
+        subprocess.Popen(
+            [*command, "--set", "train.log_every=1", "--out", out],
+            cwd=checkout,
+            env={**os.environ, **paths},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as process,
     ):
         assert process.stdout is not None
         for line in process.stdout:

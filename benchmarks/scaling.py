@@ -88,9 +88,14 @@ def grid() -> list[Run]:
         """Return a run over so many quarters of a MiB."""
         return Run(C, L, 128 * quarters, base_lr(C), **more)
 
-    budgets = {(32, 2): (1, 2, 4, 8, 16), (64, 2): (1, 2, 4, 8, 16), (96, 3): (1, 2, 4, 8)}
-    larger = {(128, 3): (1, 2, 4, 8), (192, 4): (2, 4, 8), (256, 4): (4, 8)}
-    fresh = [run(C, L, n) for (C, L), several in {**budgets, **larger}.items() for n in several]
+    budgets = {(32, 2): (1, 2, 4, 8, 16), (64, 2): (1, 2, 4, 8, 16, 32, 64)}
+    larger = {(96, 3): (1, 2, 4, 8, 16, 32), (128, 3): (1, 2, 4, 8, 16), (192, 4): (2, 4, 8)}
+    largest = {(256, 4): (4, 8)}
+    fresh = [
+        run(C, L, n)
+        for (C, L), several in {**budgets, **larger, **largest}.items()
+        for n in several
+    ]
     seeds = [run(32, 2, n, seed=seed) for n in (1, 4) for seed in (43, 44, 45, 46)]
     sizes = ((32, 2, 2**16), (64, 2, 2**16), (64, 2, 2**18), (96, 3, 2**17))
     again = [run(C, L, 4, unique=unique) for C, L, unique in sizes]

@@ -14,10 +14,12 @@ from benchmarks import sweep
 from benchmarks.imperative import ImperativeGPT, imperative_step, make_optimizer
 from benchmarks.learning_curve import learning_curve, validation_loss
 from benchmarks.rows import Figure
+from benchmarks.sides import side_of
 from benchmarks.timing import median_seconds
 from niels_gpt import evaluate, make_state, train_step
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.loss import forward
+from niels_gpt.paths import REPO_ROOT
 from niels_gpt.state import TrainState
 
 MODEL = ModelConfig(T=80, C=16, L=2, H=2, d_ff=24, dropout=0.0)
@@ -83,6 +85,16 @@ def test_sides_are_timed_in_turn_after_the_warm_up():
     seconds = median_seconds(sides, rounds=3, warmup=2)
     assert calls == ["a", "b"] * 5
     assert seconds.keys() == {"a", "b"}
+
+
+def test_a_side_of_a_checkout_uses_the_package_there(tmp_path):
+    package = tmp_path / "niels_gpt"
+    package.mkdir()
+    with side_of(REPO_ROOT, "niels_gpt", MODEL, TRAIN) as step:
+        step()
+    (package / "__init__.py").write_text("raise SystemExit\n")
+    with pytest.raises(RuntimeError, match="ended"), side_of(tmp_path, "niels_gpt", MODEL, TRAIN):
+        pass
 
 
 @pytest.mark.parametrize(
