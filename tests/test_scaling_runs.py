@@ -85,7 +85,7 @@ def test_the_draws_of_a_bootstrap_are_keyed_and_differ_in_e():
     assert tuple(law.E for law in laws) == scaling.ES
 
 
-LINE = {**TINY._asdict(), "B": 8, "steps": 300, "N": 100, "bytes": 1000, "val_nats": 2.0}
+LINE = {**TINY._asdict(), "B": 8, "steps": 512, "N": 100, "bytes": 1000, "val_nats": 2.0}
 LINE["text"] = {"wiki": [1.0, 5000]}
 
 
@@ -94,7 +94,7 @@ def test_of_several_rates_the_best_counts_and_seeds_count_each():
     assert scaling.points_of([worse, LINE, {**LINE, "seed": 1}]) == [(100, 1000, 2.0)] * 2
 
 
-@pytest.mark.parametrize("other", [{"B": 32}, {"steps": 100}, {"unique": 100}])
+@pytest.mark.parametrize("other", [{"B": 32}, {"steps": 511}, {"unique": 100}])
 def test_runs_of_another_kind_are_not_fitted(other):
     assert scaling.points_of([{**LINE, **other}]) == []
 
@@ -102,11 +102,12 @@ def test_runs_of_another_kind_are_not_fitted(other):
 def test_the_worth_of_repeated_text_is_found():
     def line(D, repeats):
         text = {"wiki": Text(1.0, 50_000)}
-        nats = TRUE.loss(1e5, distinct_bytes(D, text, repeats))
-        return {**LINE, "N": 1e5, "bytes": D, "unique": 50_000, "text": text, "val_nats": nats}
+        nats = TRUE.loss(4e4, distinct_bytes(D, text, repeats))
+        return {**LINE, "N": 4e4, "bytes": D, "unique": 50_000, "text": text, "val_nats": nats}
 
     lines = [line(D, 7.3) for D in (2e5, 8e5)]
-    assert scaling.fit_repeats([*lines, LINE], TRUE) == 7.3
+    too_large = line(4e5, 1.0) | {"N": 6e4}
+    assert scaling.fit_repeats([*lines, too_large, LINE], TRUE) == 7.3
 
 
 def test_the_grid_has_no_run_twice_five_seeds_at_the_smallest_and_several_budgets_of_each_size():

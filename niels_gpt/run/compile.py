@@ -20,6 +20,9 @@ from niels_gpt.optim.trees import Tree, tree_difference
 from niels_gpt.state import TrainState
 from niels_gpt.step import GradientFunction, StepFunction, dropout_of_step, loop_step, train_step
 
+# The compiler would first try, in five seconds, whether C++ for this processor can be compiled at
+# all. If it cannot, the compilation fails, which `choose_step` expects.
+OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.vec_isa_ok": True}
 TOLERANCE = 1e-3  # of the largest element of each tensor; rounding gives about 1e-5
 
 
@@ -33,7 +36,9 @@ def compile_gradients() -> GradientFunction:
 
     For one thread at a time, because the calls share a module, whose weights they exchange.
     """
-    forward: Callable[..., Any] = torch.compile(Block.forward, dynamic=False, fullgraph=True)
+    forward: Callable[..., Any] = torch.compile(
+        Block.forward, dynamic=False, fullgraph=True, options=OPTIONS
+    )
 
     @cache
     def with_compiled_blocks(cfg: ModelConfig) -> GPT:

@@ -176,7 +176,7 @@ def test_all_blocks_are_one_graph_for_all_steps(batch, monkeypatch):
     """A break would leave parts to eager execution; only the time would tell."""
     graphs = []
 
-    def backend(graph, inputs):
+    def backend(graph, inputs, options):
         graphs.append(graph)
         return graph.forward
 
