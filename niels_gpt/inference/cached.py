@@ -150,8 +150,8 @@ def read_next(weights: Weights, ids: Tensor, cache: Cache, t: int) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Let one query each (B H, 1, D) attend to its keys (B H, t, D); return (B H, 1, D)."""
-    scores = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
-    return torch.bmm(scores.softmax(-1), v)
+    scores = torch.baddbmm(q.new_zeros(()), k, q.mT, beta=0, alpha=q.shape[-1] ** -0.5)
+    return torch.bmm(scores.mT.softmax(-1), v)
 
 
 def _residual(x: Tensor, y: Tensor, block: BlockWeights) -> Tensor:
