@@ -66,10 +66,10 @@ def large_model(effort: Effort) -> list[Figure]:
     cfg = TrainConfig(B=8)
     flops = step_flops(LARGE, B=cfg.B)
     jobs = {mode: Job("niels_gpt", LARGE, cfg, compiled) for mode, compiled in MODES.items()}
-    seconds = _times(jobs, effort)
+    seconds = times(jobs, effort)
     return [
         _share(f"{mode}, large step, share of the floor{when}", flops, times, mode, bar=0.85)
-        for when, times in _by_checkout(seconds)
+        for when, times in by_checkout(seconds)
         for mode in MODES
     ]
 
@@ -80,7 +80,7 @@ def dropout_cost(effort: Effort) -> list[Figure]:
     figures = []
     for mode, compiled in MODES.items():
         jobs = {n: Job("niels_gpt", m, TrainConfig(), compiled) for n, m in models.items()}
-        for when, seconds in _by_checkout(_times(jobs, effort)):
+        for when, seconds in by_checkout(times(jobs, effort)):
             cost = seconds["with"] / seconds["without"] - 1
             figures.append(Figure(f"dropout cost, {mode}{when}", cost, 0.12, False, seconds))
     return figures
@@ -115,9 +115,7 @@ def evaluation(effort: Effort) -> list[Figure]:
     flops = cfg.eval_steps * forward_flops(DEFAULT, B=cfg.B)
     return [
         _share("evaluation against forward floor" + when, flops, seconds, "evaluate", bar=0.75)
-        for when, seconds in _by_checkout(
-            _times({"evaluate": Job("evaluate", DEFAULT, cfg)}, effort)
-        )
+        for when, seconds in by_checkout(times({"evaluate": Job("evaluate", DEFAULT, cfg)}, effort))
     ]
 
 
@@ -128,7 +126,7 @@ def sampling(effort: Effort) -> list[Figure]:
     for texts, used, bar in ((1, 1, 600), (64, threads, 8000)):
         torch.set_num_threads(used)
         jobs = {"sample": Job("sample", DEFAULT, TrainConfig(B=texts))}
-        for when, seconds in _by_checkout(_times(jobs, effort)):
+        for when, seconds in by_checkout(times(jobs, effort)):
             rate = texts * SAMPLED / seconds["sample"]
             name = f"bytes/s, {texts} at once, threads {used}{when}"
             figures.append(Figure(name, rate, bar, True, seconds))
@@ -199,7 +197,7 @@ def _compare(
         for name in SIDES
     }
     figures = []
-    for when, seconds in _by_checkout(_times(jobs, effort)):
+    for when, seconds in by_checkout(times(jobs, effort)):
         plain, ours = ({mode: seconds[f"{name} {mode}"] for mode in MODES} for name in SIDES)
         pairs = {
             **{mode: (plain[mode], ours[mode], getattr(bars, mode)) for mode in MODES},
@@ -231,7 +229,7 @@ class Job(NamedTuple):
 BEFORE = "before: "
 
 
-def _times(jobs: Mapping[str, Job], effort: Effort) -> dict[str, float]:
+def times(jobs: Mapping[str, Job], effort: Effort) -> dict[str, float]:
     """Return the median seconds of jobs done in turn: ours, and as BEFORE those of the other."""
     with ExitStack() as stack:
         sides: dict[str, Side] = {"sgemm": make_sgemm()}
@@ -242,7 +240,7 @@ def _times(jobs: Mapping[str, Job], effort: Effort) -> dict[str, float]:
         return median_seconds(sides, rounds=effort.rounds, warmup=effort.warmup)
 
 
-def _by_checkout(seconds: Mapping[str, float]) -> Iterator[tuple[str, dict[str, float]]]:
+def by_checkout(seconds: Mapping[str, float]) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield the times of this checkout, then, if there is another, with its own in their place."""
     now = {name: value for name, value in seconds.items() if not name.startswith(BEFORE)}
     yield "", now

@@ -10,10 +10,10 @@ import torch
 from torch.testing import assert_close
 
 from benchmarks import optimizer as optimizer_cost
-from benchmarks import sweep
+from benchmarks import profile, sweep
 from benchmarks.imperative import ImperativeGPT, imperative_step, make_optimizer
 from benchmarks.learning_curve import learning_curve, validation_loss
-from benchmarks.rows import Figure
+from benchmarks.rows import Effort, Figure, Job, by_checkout, times
 from benchmarks.sides import side_of
 from benchmarks.timing import median_seconds
 from niels_gpt import evaluate, make_state, train_step
@@ -102,6 +102,35 @@ def test_a_side_of_a_checkout_uses_the_package_there(tmp_path):
 )
 def test_a_bar_is_a_lower_or_an_upper_limit(value, at_least, met):
     assert Figure("x", value, bar=1.0, at_least=at_least, detail={}).met is met
+
+
+def test_another_checkout_takes_the_place_of_ours_beside_the_plain_loop():
+    jobs = {name: Job(name, MODEL, TRAIN) for name in ("imperative", "niels_gpt")}
+    seconds = times(jobs, Effort(rounds=1, warmup=0, before=REPO_ROOT))
+    (now_name, now), (before_name, before) = by_checkout(seconds)
+    assert (now_name, before_name) == ("", ", before")
+    assert now.keys() == before.keys() == {"sgemm", "imperative", "niels_gpt"}
+    assert [name for name in now if now[name] != before[name]] == ["niels_gpt"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "group"),
+    [
+        ("aten::addmm", "matrix products"),
+        ("aten::gelu_backward", "GELU and its gradient"),
+        ("aten::copy_", "copies, concatenation"),
+        ("aten::view", profile.REST),
+    ],
+)
+def test_an_operation_of_the_profile_has_its_group(operation, group):
+    assert profile.group_of(operation) == group
+
+
+def test_the_shares_of_a_profile_are_all_of_the_time():
+    a = torch.ones(64, 64)
+    found = profile.shares(lambda: torch.mm(a, a), rounds=2)
+    assert sum(found.values()) == pytest.approx(1)
+    assert found["matrix products"] > 0
 
 
 def test_the_table_of_a_sweep_has_a_row_for_each_width():
