@@ -66,7 +66,7 @@ def large_model(effort: Effort) -> list[Figure]:
     cfg = TrainConfig(B=8)
     flops = step_flops(LARGE, B=cfg.B)
     jobs = {mode: Job("niels_gpt", LARGE, cfg, compiled) for mode, compiled in MODES.items()}
-    seconds = times(jobs, effort)
+    seconds = _times(jobs, effort)
     return [
         _share(f"{mode}, large step, share of the floor{when}", flops, times, mode, bar=0.85)
         for when, times in by_checkout(seconds)
@@ -80,7 +80,7 @@ def dropout_cost(effort: Effort) -> list[Figure]:
     figures = []
     for mode, compiled in MODES.items():
         jobs = {n: Job("niels_gpt", m, TrainConfig(), compiled) for n, m in models.items()}
-        for when, seconds in by_checkout(times(jobs, effort)):
+        for when, seconds in by_checkout(_times(jobs, effort)):
             cost = seconds["with"] / seconds["without"] - 1
             figures.append(Figure(f"dropout cost, {mode}{when}", cost, 0.12, False, seconds))
     return figures
@@ -115,7 +115,9 @@ def evaluation(effort: Effort) -> list[Figure]:
     flops = cfg.eval_steps * forward_flops(DEFAULT, B=cfg.B)
     return [
         _share("evaluation against forward floor" + when, flops, seconds, "evaluate", bar=0.75)
-        for when, seconds in by_checkout(times({"evaluate": Job("evaluate", DEFAULT, cfg)}, effort))
+        for when, seconds in by_checkout(
+            _times({"evaluate": Job("evaluate", DEFAULT, cfg)}, effort)
+        )
     ]
 
 
@@ -126,7 +128,7 @@ def sampling(effort: Effort) -> list[Figure]:
     for texts, used, bar in ((1, 1, 600), (64, threads, 8000)):
         torch.set_num_threads(used)
         jobs = {"sample": Job("sample", DEFAULT, TrainConfig(B=texts))}
-        for when, seconds in by_checkout(times(jobs, effort)):
+        for when, seconds in by_checkout(_times(jobs, effort)):
             rate = texts * SAMPLED / seconds["sample"]
             name = f"bytes/s, {texts} at once, threads {used}{when}"
             figures.append(Figure(name, rate, bar, True, seconds))
@@ -197,7 +199,7 @@ def _compare(
         for name in SIDES
     }
     figures = []
-    for when, seconds in by_checkout(times(jobs, effort)):
+    for when, seconds in by_checkout(_times(jobs, effort)):
         plain, ours = ({mode: seconds[f"{name} {mode}"] for mode in MODES} for name in SIDES)
         pairs = {
             **{mode: (plain[mode], ours[mode], getattr(bars, mode)) for mode in MODES},
@@ -229,7 +231,7 @@ class Job(NamedTuple):
 BEFORE = "before: "
 
 
-def times(jobs: Mapping[str, Job], effort: Effort) -> dict[str, float]:
+def _times(jobs: Mapping[str, Job], effort: Effort) -> dict[str, float]:
     """Return the median seconds of jobs done in turn: ours, and as BEFORE those of the other."""
     with ExitStack() as stack:
         sides: dict[str, Side] = {"sgemm": make_sgemm()}
