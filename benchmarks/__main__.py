@@ -30,7 +30,7 @@ def main(
     before: Path | None,
     json_path: Path | None,
 ) -> None:
-    """Print each figure and whether it meets its target; about 25 minutes on two cores."""
+    """Print each figure and whether it meets its target; about 15 minutes on two cores."""
     if threads:
         torch.set_num_threads(threads)
     effort = Effort(*((3, 1) if quick else (10, 2)), before)

@@ -25,8 +25,8 @@ from niels_gpt.paths import CONFIG_DIR, REPO_ROOT
 
 DEFAULT = ModelConfig()
 SMALL = ModelConfig(L=4, H=4, C=128, T=64, d_ff=512, dropout=0.0)
-MODES = {"eager": False, "compiled": True}
 LARGE = ModelConfig(L=8, H=8, C=512, T=512, d_ff=2048)
+MODES = {"eager": False, "compiled": True}  # the name of each, and whether it is compiled
 
 
 class Figure(NamedTuple):

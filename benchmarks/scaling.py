@@ -1,6 +1,6 @@
 """The runs of the scaling law, and its fit.
 
-    python -m benchmarks.scaling --wiki DIR --roam DIR      # about an hour on one thread
+    python -m benchmarks.scaling --wiki DIR --roam DIR      # 90 minutes on one thread
     python -m benchmarks.scaling --fit                      # of the runs so far
 
 Each run is a whole schedule, from a new network to a rate of 0. Its result is a line of
@@ -44,7 +44,7 @@ T = 256
 EVAL: dict[str, Any] = {"B": 32, "eval_steps": 16}  # the same 512 rows of wiki/val for every run
 EVAL_SEED = 42
 STARTS = ((0.2, 0.4, 1.0, 0.4), (0.9, 0.1, 0.3, 0.9))  # of the search: A, a, B, b
-ES = (1.0, 0.8, 1.1)  # runs of this size leave E open; the first is the law's
+ES = (1.0, 0.8, 1.1)  # assumed, see docs/results.md; the first is the law's
 DRAWS = 12  # of the bootstrap
 ROWS = 8  # of a batch
 FEWEST_STEPS = 512  # in shorter runs seeds differ too much, and the rate decides
