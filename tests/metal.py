@@ -135,14 +135,18 @@ class Metal(TorchDispatchMode):
         return out
 
     def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Carry out an operation in main memory.
+        """Carry out an operation in main memory; subnormal numbers count as 0, as on a Mac.
 
         Zeros without memory, which forward mode makes, are known above this mode only: give them
         memory.
         """
         if func._overloadpacket is torch.ops.aten._efficientzerotensor:
             return torch.zeros(*args, **kwargs)
-        return func(*args, **kwargs)
+        torch.set_flush_denormal(True)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            torch.set_flush_denormal(False)
 
 
 class Faulty(Metal):

@@ -107,7 +107,8 @@ def polar_factor(x: Tensor) -> Tensor:
     factor Q, a polynomial in A, and multiplies x by it at the end.
     """
     n, m = x.shape[1:]
-    x = x / x.abs().amax((1, 2), keepdim=True).clamp(min=1e-38)  # so that nothing overflows
+    smallest = torch.finfo(x.dtype).tiny  # below it, a Mac's GPU takes a number for 0
+    x = x / x.abs().amax((1, 2), keepdim=True).clamp(min=smallest)  # so that nothing overflows
     A = torch.bmm(x, x.mT)
     A2 = torch.bmm(A, A)
     shrink = A2.square().sum((1, 2), keepdim=True).clamp(min=1) ** -0.25
