@@ -32,6 +32,7 @@ from niels_gpt.analysis.scaling import (
 )
 from niels_gpt.config import default_p_train
 from niels_gpt.corpus import Corpus, advance, open_corpus
+from niels_gpt.data.sources import Given
 from niels_gpt.device import keep_freed_memory
 from niels_gpt.eval import evaluate
 from niels_gpt.model.flops import step_flops
@@ -304,7 +305,7 @@ def run_all(
 ) -> None:
     """Carry out each run that the file lacks, and append its line."""
     cfg = train_config(8, 1, 0.01, default_p_train())
-    corpus = open_corpus(model_config(32, 1, T), cfg, locate(places))
+    corpus = open_corpus(model_config(32, 1, T), cfg, locate(Given(places)))
     for run in missing(runs, read_runs(out)):
         line = json.dumps(carry_out(run, corpus))
         with out.open("a", encoding="utf-8") as file:

@@ -88,6 +88,6 @@ def _check(sources: Mapping[str, bytes], p: Mapping[str, float], B: int, T: int)
         )
     total = math.fsum(p.values())
     if not all(value >= 0 for value in p.values()) or abs(total - 1) > 1e-6:
-        raise ValueError(f"probabilities must be >= 0 and sum to 1, not {total}: p={dict(p)}")
+        raise ValueError(f"probabilities must be >= 0 and sum to 1.0, not {total}: p={dict(p)}")
     if short := {name: len(sources[name]) for name in sorted(p) if len(sources[name]) < T + 1}:
-        raise ValueError(f"sources shorter than T+1={T + 1} bytes: {short}")
+        raise ValueError(f"sources too short for T+1={T + 1} bytes: {short}")

@@ -110,7 +110,7 @@ class Checkpoint:
             ValueError: with a line per field, if the model is not of this shape.
             CheckpointError: if the optimizer state is not that of the config's optimizer.
         """
-        validate_model_config_match(self.model_cfg, model_cfg)
+        validate_model_config_match(self.cfg, model_cfg)
         initial = optimizer_of(train_cfg).init(self.params)
         opt_state = _opt_state(self.optimizer_state, [*self.params], initial)
         return TrainState(self.params, opt_state, self.step, model_cfg, train_cfg)
@@ -147,7 +147,7 @@ class Checkpoint:
             messages.append(
                 "the checkpoint was written by another program: the resume is not bit-exact"
             )
-        if self.optimizer_state is None:
+        if self.optimizer_state is None or (self.step and not self.optimizer_state["state"]):
             return [*messages, "the checkpoint has no optimizer state: it starts from zero"]
         entries = self.optimizer_state["state"].values()
         counts = {float(entry["step"]) for entry in entries if "step" in entry}
@@ -306,10 +306,10 @@ def parse_payload(
 
 
 def payload_of(checkpoint: Checkpoint) -> Payload:
-    """Return the dict of the file; without `sources` and `ancestors` it has pr-06's six keys."""
+    """Return the dict of the file: pr-06's six keys, and of the others those that say something."""
     c = checkpoint
     scores = c.scores._asdict()
-    six = {
+    payload = {
         "model_cfg": c.model_cfg,
         "train_cfg": c.train_cfg,
         "model_state": {**c.params, "lm_head.weight": c.params["tok_emb.weight"]},
@@ -318,10 +318,14 @@ def payload_of(checkpoint: Checkpoint) -> Payload:
         "best_val_loss": scores.pop("best_val_loss"),
     }
     if c.ancestors:
-        six["ancestors"] = [ancestor._asdict() for ancestor in c.ancestors]
-    if c.sources is None:
-        return six
-    return {**six, "scores": scores, "sources": c.sources, "environment": c.environment}
+        payload["ancestors"] = [ancestor._asdict() for ancestor in c.ancestors]
+    if c.sources is not None or any(value is not None for value in scores.values()):
+        payload["scores"] = scores
+    if c.sources is not None:
+        payload["sources"] = c.sources
+    if c.sources is not None or c.environment:
+        payload["environment"] = c.environment
+    return payload
 
 
 @contextlib.contextmanager
@@ -363,8 +367,8 @@ def _opt_state(
     ids = names_by_id(optimizer_state["param_groups"], names)
     if len(ids) != len(names):
         raise CheckpointError(
-            "the optimizer state has several parameter groups without names, so its parameters"
-            " cannot be identified; to resume without it, set optimizer_state to None"
+            "the optimizer state does not cover the model's parameters one by one, or has several"
+            " groups without names; to resume without it, set optimizer_state to None"
         )
     entries = {name: optimizer_state["state"].get(i, {}) for i, name in ids.items()}
     try:

@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from niels_gpt import paths
 from niels_gpt.data.sources import SOURCES
@@ -249,38 +249,61 @@ def dotted(doc: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 # --- config documents --------------------------------------------------------------------------
 
 
-def load_config_from_json(
-    path: str | os.PathLike[str],
-    overrides: Iterable[str] = (),
-    *,
-    model: Mapping[str, Any] = MappingProxyType({}),
-) -> tuple[ModelConfig, TrainConfig]:
-    """Read `{"model": {...}, "train": {...}}`; missing keys take their defaults.
+class ConfigDocument(NamedTuple):
+    """The content of a config file, which may be a pipe: read it once."""
 
-    Args:
-        overrides: `--set` arguments such as `train.B=8`.
-        model: values for the keys that the file's model section lacks.
+    where: str  # the file; starts the error messages
+    doc: Any
+
+    def configs(
+        self, overrides: Iterable[str] = (), *, model: Mapping[str, Any] = MappingProxyType({})
+    ) -> tuple[ModelConfig, TrainConfig]:
+        """Return the configs; missing keys take their defaults.
+
+        Args:
+            overrides: `--set` arguments such as `train.B=8`.
+            model: values for the keys that the file's model section lacks.
+
+        Raises:
+            ValueError: listing every problem.
+        """
+        doc, where, overrides = self.doc, self.where, tuple(overrides)
+        if model:
+            sections = _require_sections(doc, where=where)
+            doc = {**sections, "model": {**model, **sections.get("model", {})}}
+        if overrides:
+            doc = apply_overrides(doc, overrides, where=where)
+            where += " with " + " ".join(f"--set {shorten(override)}" for override in overrides)
+        return config_from_dict(doc, where=where, from_file=True)
+
+    def gives(self, key: str, overrides: Iterable[str] = ()) -> bool:
+        """Return whether the file or an override sets a value, such as "train.val_source"."""
+        given = {override.partition("=")[0].strip() for override in overrides}
+        return key in dotted(self.doc) or key in given
+
+
+def read_config(name: str | os.PathLike[str]) -> ConfigDocument:
+    """Read a config file, or one that is known by name (see `find_config`).
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is not JSON.
+    """
+    path = find_config(name)
+    return ConfigDocument(str(path), load_json(path, max_bytes=MAX_CONFIG_BYTES))
+
+
+def load_config_from_json(
+    path: str | os.PathLike[str], overrides: Iterable[str] = ()
+) -> tuple[ModelConfig, TrainConfig]:
+    """Read `{"model": {...}, "train": {...}}` with `--set` overrides; see `ConfigDocument.configs`.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: listing every problem.
     """
     doc = load_json(path, max_bytes=MAX_CONFIG_BYTES)
-    overrides = tuple(overrides)
-    if model:
-        sections = _require_sections(doc, where=str(path))
-        doc = {**sections, "model": {**model, **sections.get("model", {})}}
-    if not overrides:
-        return config_from_dict(doc, where=str(path), from_file=True)
-    where = f"{path} with " + " ".join(f"--set {shorten(override)}" for override in overrides)
-    new_doc = apply_overrides(doc, overrides, where=str(path))
-    return config_from_dict(new_doc, where=where, from_file=True)
-
-
-def is_given(key: str, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> bool:
-    """Return whether a config file or an override sets a value, such as "train.val_source"."""
-    doc = dotted(load_json(path, max_bytes=MAX_CONFIG_BYTES))
-    return key in doc or any(given.partition("=")[0].strip() == key for given in overrides)
+    return ConfigDocument(str(path), doc).configs(overrides)
 
 
 def config_from_dict(

@@ -1,7 +1,7 @@
 """The text of a run as a value: its sources, and the batch of each step."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -10,13 +10,15 @@ from torch import Tensor
 
 from niels_gpt import streams
 from niels_gpt.batching import draw_rows, renormalise
-from niels_gpt.config import ModelConfig, TrainConfig
+from niels_gpt.config import ConfigDocument, ModelConfig, TrainConfig
+from niels_gpt.data.sources import Given
 from niels_gpt.loss import Batch
 from niels_gpt.lr_schedule import lr_of_step
+from niels_gpt.mix import may_choose_val, with_mix
 from niels_gpt.rng import keyed_generator
 from niels_gpt.state import TrainState
 from niels_gpt.step import StepFunction, batch_of_step, loop_step
-from niels_gpt.streams import SourceInfo, StreamBuildConfig
+from niels_gpt.streams import SourceInfo, StreamBuildConfig, locate
 
 
 class Row(NamedTuple):
@@ -82,6 +84,25 @@ class Corpus:
         }
 
 
+def as_given(
+    cfg: TrainConfig,
+    given: Given,
+    document: ConfigDocument | None = None,
+    overrides: Iterable[str] = (),
+) -> tuple[TrainConfig, StreamBuildConfig]:
+    """Return the config of a new run with the shares that the user gave, and where its text is.
+
+    Args:
+        document, overrides: what the config is from; None: the defaults.
+
+    Raises:
+        FileNotFoundError: if a given place does not exist.
+    """
+    cfg = with_mix(cfg, given)
+    any_val = may_choose_val(cfg, given, document, overrides)
+    return cfg, replace(locate(given), any_val=any_val)
+
+
 def open_corpus(model_cfg: ModelConfig, train_cfg: TrainConfig, where: StreamBuildConfig) -> Corpus:
     """Build the text of a run; shift the shares of absent sources to the available ones.
 
@@ -92,8 +113,12 @@ def open_corpus(model_cfg: ModelConfig, train_cfg: TrainConfig, where: StreamBui
         ValueError, RuntimeError: if a stream is too short, or there is no text to train on.
     """
     train, val = streams.build_train_val_sources(model_cfg, train_cfg, build_cfg=where)
-    p = renormalise(train_cfg.p_train, train)
     why: Mapping[str, str] = getattr(train, "missing", {})
+    wanted = [name for name, share in train_cfg.p_train.items() if share > 0]
+    if not any(name in train for name in wanted):
+        reasons = "; ".join(f"{name}: {why.get(name, 'no such source')}" for name in wanted)
+        raise ValueError(f"there is no text to train on: {reasons}")
+    p = renormalise(train_cfg.p_train, train)
     shares = ", ".join(f"{name} {share:.4g}" for name, share in p.items())
     left_out = [
         f"{name}: left out ({why.get(name, 'no such source')}); the shares are now {shares}"
@@ -108,7 +133,7 @@ def open_corpus(model_cfg: ModelConfig, train_cfg: TrainConfig, where: StreamBui
             f"best.pt is chosen by the validation loss on {judge} (--set train.val_source=NAME)"
         )
     if "text" in where.places and not where.demanded:
-        messages.append(f"the shares are {shares} (--mix sets others)")
+        messages.append(f"the shares are {shares}")
     return Corpus(train, val, p, train_cfg.seed, train_cfg.B, model_cfg.T, messages, judge)
 
 

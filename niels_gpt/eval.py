@@ -84,7 +84,13 @@ def eval_loss_on_stream(
 def eval_batches(
     stream: bytes, *, B: int, T: int, device: torch.device | str, eval_steps: int, seed: int
 ) -> Iterator[Batch]:
-    """Draw the batches of an evaluation, which depend only on the seed."""
+    """Draw the batches of an evaluation, which depend only on the seed.
+
+    Raises:
+        ValueError: if there are none to draw, or the stream is shorter than T + 1.
+    """
+    if eval_steps < 1:
+        raise ValueError(f"eval_steps={eval_steps} must be at least 1")
     generator = make_generator(seed)
     for _ in range(eval_steps):
         yield get_batch(

@@ -1,12 +1,11 @@
 """The shares of the sources as the user gives them with `--mix`, or leaves them to the program."""
 
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from niels_gpt.config import SOURCE_NAMES, TrainConfig, is_given, nearest
-from niels_gpt.data.sources import SOURCES, Place
+from niels_gpt.config import SOURCE_NAMES, ConfigDocument, TrainConfig, nearest
+from niels_gpt.data.sources import SOURCES, Given
 
 EXAMPLE = "text=0.9,primer=0.1"
 LARGEST = 1e9
@@ -61,14 +60,15 @@ def written(mix: Mapping[str, float]) -> str:
     return ",".join(f"{name}={share!r}" for name, share in mix.items())
 
 
-def with_mix(cfg: TrainConfig, places: Mapping[str, Place]) -> TrainConfig:
+def with_mix(cfg: TrainConfig, given: Given) -> TrainConfig:
     """Return the config with the shares of `--mix`.
 
     Where the user named a text of which no share says anything, it shares equally with the other
     sources that were named: to train on one's own text takes no arithmetic.
     """
-    if mix := getattr(places, "mix", None):
-        return replace(cfg, p_train=dict(mix))
+    places = given.places
+    if given.mix:
+        return replace(cfg, p_train=dict(given.mix))
     if "text" not in places or "text" in cfg.p_train:
         return cfg
     return replace(cfg, p_train={name: 1 / len(places) for name in places})
@@ -76,8 +76,8 @@ def with_mix(cfg: TrainConfig, places: Mapping[str, Place]) -> TrainConfig:
 
 def may_choose_val(
     cfg: TrainConfig,
-    places: Mapping[str, Place],
-    path: str | os.PathLike[str] | None,
+    given: Given,
+    document: ConfigDocument | None,
     overrides: Iterable[str] = (),
 ) -> bool:
     """Return whether the program may choose the source that decides best.pt of a new run.
@@ -85,6 +85,6 @@ def may_choose_val(
     It is the wiki text by default, which is not built for this alone: only where it has a share or
     a place, or the config file or an override sets `val_source`.
     """
-    if "wiki" in places or cfg.p_train.get("wiki", 0) > 0:
+    if "wiki" in given.places or cfg.p_train.get("wiki", 0) > 0:
         return False
-    return path is None or not is_given("train.val_source", path, overrides)
+    return document is None or not document.gives("train.val_source", overrides)

@@ -14,7 +14,7 @@ def _find_root(package_dir: Path) -> Path:
     parent = package_dir.parent
     if (parent / "pyproject.toml").is_file() and (parent / "configs").is_dir():
         return parent
-    return Path(os.environ.get("NIELS_GPT_HOME") or os.curdir).expanduser().absolute()
+    return Path(os.path.expanduser(os.environ.get("NIELS_GPT_HOME") or os.curdir)).absolute()
 
 
 REPO_ROOT = _find_root(PACKAGE_DIR)

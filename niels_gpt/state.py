@@ -67,9 +67,12 @@ def from_modules(
 ) -> TrainState:
     """Copy a GPT and its torch.optim optimizer into a state. Inverse of `to_modules`.
 
+    The optimizer counts its updates in float32, exactly up to 2^24. One that keeps no state, such
+    as SGD without momentum, gives step 0.
+
     Raises:
-        ValueError: if the parameters disagree on the number of finished updates, or the optimizer
-            is not the config's.
+        ValueError: if the parameters disagree on the number of finished updates, or what the
+            optimizer keeps is not what the config's does.
     """
     params = {name: p.detach().clone() for name, p in model.named_parameters()}
     entries = {name: optimizer.state.get(p) or {} for name, p in model.named_parameters()}

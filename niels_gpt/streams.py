@@ -30,7 +30,7 @@ from niels_gpt.data.recipe import (
     tell,
     to_bytes,
 )
-from niels_gpt.data.sources import SOURCES, Place, all_places, check_place, option_of
+from niels_gpt.data.sources import SOURCES, Given, Place, all_places, check_place, option_of
 from niels_gpt.data.wiki import WIKITEXT, wikitext_recipe
 from niels_gpt.data.wikitext import load_wikitext
 
@@ -71,7 +71,7 @@ class StreamBuildConfig:
     any_val: bool = False  # whether any source may decide best.pt, not only `val_source`
 
 
-def locate(places: Mapping[str, Place], *, write_cache: bool = True) -> StreamBuildConfig:
+def locate(given: Given, *, write_cache: bool = True) -> StreamBuildConfig:
     """Return where to read the sources: the given places, else the defaults.
 
     A source with a given place is enabled.
@@ -79,16 +79,16 @@ def locate(places: Mapping[str, Place], *, write_cache: bool = True) -> StreamBu
     Raises:
         FileNotFoundError: if a given place does not exist. Only a default place may be absent.
     """
-    for name, given in places.items():
-        for place in all_places(given):
+    for name, there in given.places.items():
+        for place in all_places(there):
             check_place(name, place)
-    enabled = dict.fromkeys([*StreamBuildConfig.enabled_sources, *places])
+    enabled = dict.fromkeys([*StreamBuildConfig.enabled_sources, *given.places])
     return StreamBuildConfig(
-        places=places,
+        places=given.places,
         enabled_sources=tuple(enabled),
         write_cache=write_cache,
-        skip_machine_lines=getattr(places, "skip_machine_lines", None),
-        demanded=tuple(n for n, share in (getattr(places, "mix", None) or {}).items() if share),
+        skip_machine_lines=given.skip_machine_lines,
+        demanded=tuple(name for name, share in (given.mix or {}).items() if share),
     )
 
 

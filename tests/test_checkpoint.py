@@ -591,7 +591,7 @@ def test_several_parameter_groups_need_names(named):
     model, optimizer = stepped(make)
     payload = plain_payload(optimizer, model)
     if not named:
-        with pytest.raises(CheckpointError, match="several parameter groups without names"):
+        with pytest.raises(CheckpointError, match="several groups without names"):
             parse_payload(payload).state_under(TINY, TrainConfig())
         return
     state = parse_payload(payload).state_under(TINY, TrainConfig())

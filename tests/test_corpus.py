@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from niels_gpt import ModelConfig, TrainConfig, paths
 from niels_gpt.corpus import Corpus, open_corpus
+from niels_gpt.data.sources import Given
 from niels_gpt.step import batch_of_step
 from niels_gpt.streams import locate
 
@@ -52,7 +53,7 @@ def test_batch_k_is_that_of_the_step():
 def test_the_share_of_an_absent_source_goes_to_the_others(texts, monkeypatch):
     monkeypatch.setattr(paths, "ROAM_DIR", texts / "nowhere")
     cfg = TrainConfig(seed=3, B=6, p_train={"wiki": 0.6, "roam": 0.3, "primer": 0.1})
-    where = locate({"wiki": texts / "wiki"}, write_cache=False)
+    where = locate(Given({"wiki": texts / "wiki"}), write_cache=False)
     corpus = open_corpus(ModelConfig(T=20, C=8, H=2), cfg, where)
     assert (corpus.seed, corpus.B, corpus.T) == (3, 6, 20)
     assert corpus.p == {"wiki": pytest.approx(6 / 7), "primer": pytest.approx(1 / 7)}
@@ -62,7 +63,7 @@ def test_the_share_of_an_absent_source_goes_to_the_others(texts, monkeypatch):
 
 
 def test_a_checkpoint_keeps_of_the_sources_what_is_the_same_on_every_machine(texts):
-    where = locate({"wiki": texts / "wiki", "roam": texts / "notes"}, write_cache=False)
+    where = locate(Given({"wiki": texts / "wiki", "roam": texts / "notes"}), write_cache=False)
     corpus = open_corpus(ModelConfig(T=20, C=8, H=2), TrainConfig(), where)
     info = corpus.sources["train"]["roam"]
     assert info.place == str(texts / "notes")

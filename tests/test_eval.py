@@ -117,7 +117,7 @@ def test_the_mode_of_the_module_is_restored(training):
     assert in_eval == in_train
     of_module(model.train(training))
     assert {m.training for m in model.modules()} == {training}
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="too short"):
         of_module(model, stream=b"short")
     assert {m.training for m in model.modules()} == {training}
 
@@ -127,5 +127,5 @@ def test_a_stream_needs_one_byte_more_than_the_context():
     assert math.isfinite(evaluate(state, STREAM[:13], 0))
     with pytest.raises(ValueError, match=r"13.*12"):
         evaluate(state, STREAM[:12], 0)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="too short"):
         evaluate(state, b"", 0)

@@ -21,7 +21,7 @@ READERS = (
 MATHS_ROOMS = "model optim state loss step eval"
 # From the bottom up; a module is in the room of its folder.
 ROOMS = f"""
-    paths rng device tokenizer chat_format batching files data config mix lr_schedule
+    paths units rng device tokenizer chat_format batching files data config mix lr_schedule
     {MATHS_ROOMS}
     schema streams corpus checkpoint inference run analysis
     entries

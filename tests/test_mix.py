@@ -1,6 +1,5 @@
 """Shares as the user gives them, and what the program chooses without them."""
 
-import json
 import math
 import re
 
@@ -8,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from niels_gpt.config import SOURCE_NAMES, TrainConfig
-from niels_gpt.data.sources import Places
+from niels_gpt.config import SOURCE_NAMES, ConfigDocument, TrainConfig
+from niels_gpt.data.sources import Given
 from niels_gpt.mix import may_choose_val, parse_mix, with_mix, written
 
 shares = st.dictionaries(
@@ -57,9 +56,7 @@ def test_a_mix_that_means_nothing_is_refused(niels, text, message):
 
 
 def mixed(p_train=None, mix=None, **places):
-    given = Places(places)
-    given.mix = mix
-    return with_mix(TrainConfig(p_train=p_train), given).p_train
+    return with_mix(TrainConfig(p_train=p_train), Given(places, mix)).p_train
 
 
 def test_without_a_share_a_text_that_is_named_is_trained_on_with_what_else_is_named():
@@ -70,14 +67,12 @@ def test_without_a_share_a_text_that_is_named_is_trained_on_with_what_else_is_na
     assert mixed(text="a", mix={"wiki": 1.0}) == {"wiki": 1.0}
 
 
-def test_the_source_that_judges_may_be_chosen_where_no_one_asks_for_wiki(tmp_path):
+def test_the_source_that_judges_may_be_chosen_where_no_one_asks_for_wiki():
     own, wiki = TrainConfig(p_train={"text": 1.0}), TrainConfig(p_train={"text": 0.9, "wiki": 0.1})
-    path = tmp_path / "c.json"
-    path.write_text("{}")
-    assert may_choose_val(own, {}, path)
-    assert may_choose_val(own, {}, None)
-    assert not may_choose_val(wiki, {}, path)
-    assert not may_choose_val(own, {"wiki": tmp_path}, path)
-    assert not may_choose_val(own, {}, path, ["train.val_source=wiki"])
-    path.write_text(json.dumps({"train": {"val_source": "wiki"}}))
-    assert not may_choose_val(own, {}, path)
+    document, none = ConfigDocument("c.json", {}), Given()
+    assert may_choose_val(own, none, document)
+    assert may_choose_val(own, none, None)
+    assert not may_choose_val(wiki, none, document)
+    assert not may_choose_val(own, Given({"wiki": "w"}), document)
+    assert not may_choose_val(own, none, document, ["train.val_source=wiki"])
+    assert not may_choose_val(own, none, ConfigDocument("c", {"train": {"val_source": "wiki"}}))

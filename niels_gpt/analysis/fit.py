@@ -17,10 +17,10 @@ from niels_gpt.analysis.scaling import SHAPES, Expected, Text, distinct_bytes, m
 from niels_gpt.config import ModelConfig, TrainConfig, to_dict
 from niels_gpt.corpus import Corpus
 from niels_gpt.model.flops import parameter_count, step_flops
-from niels_gpt.run.dry_run import duration, size
 from niels_gpt.run.plan import COMPILE_FLOPS, choose_compile
 from niels_gpt.state import make_state
 from niels_gpt.step import loop_step
+from niels_gpt.units import duration, size
 
 Clock = Callable[[], float]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +23,7 @@ from niels_gpt.cli.shared.options import (
 )
 from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.config import TrainConfig, find_config, save_json
-from niels_gpt.data.sources import Places
-from niels_gpt.mix import may_choose_val, with_mix
+from niels_gpt.data.sources import Given
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.fit import Fit
@@ -70,7 +68,7 @@ def show(config: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
 @mix_option
 @device_option()
 @json_option()
-def fit(time: str, out: Path | None, places: Places, device: str, as_json: bool) -> None:
+def fit(time: str, out: Path | None, given: Given, device: str, as_json: bool) -> None:
     """Write the config that promises the least loss in a time, on this machine and text.
 
     Measures the speed of a few networks for about half a minute. Run nothing else meanwhile.
@@ -82,7 +80,7 @@ def fit(time: str, out: Path | None, places: Places, device: str, as_json: bool)
         out = out or paths.CONFIG_DIR / f"fit-{time.strip()}.json"
         if out.exists():
             raise FileExistsError(f"{out}: already exists; remove it or give another --out")
-        found = _fit(seconds, places, device)
+        found = _fit(seconds, given, device)
         out.parent.mkdir(parents=True, exist_ok=True)
         save_json(out, found.config)
     value = {**found._asdict(), "out": str(out)}
@@ -91,17 +89,15 @@ def fit(time: str, out: Path | None, places: Places, device: str, as_json: bool)
     console.result(value, [*lines, f"written to {out}"], as_json=as_json)
 
 
-def _fit(seconds: float, places: Places, device: str) -> Fit:
+def _fit(seconds: float, given: Given, device: str) -> Fit:
     """Open the text, measure this machine, and choose."""
     from niels_gpt.analysis import fit, scaling
-    from niels_gpt.corpus import open_corpus
-    from niels_gpt.device import BUSY, is_busy, keep_freed_memory, limit_threads
-    from niels_gpt.streams import locate
+    from niels_gpt.corpus import as_given, open_corpus
+    from niels_gpt.device import BUSY, is_busy, keep_freed_memory
 
     keep_freed_memory()
-    limit_threads()
-    model_cfg, cfg = scaling.model_config(*scaling.SHAPES[0]), with_mix(TrainConfig(), places)
-    where = replace(locate(places), any_val=may_choose_val(cfg, places, None))
+    model_cfg = scaling.model_config(*scaling.SHAPES[0])
+    cfg, where = as_given(TrainConfig(), given)
     corpus = open_corpus(model_cfg, cfg, where)
     console.tell(*corpus.messages, *([BUSY] if is_busy() else []))
     return fit.fit(seconds, corpus, device, fit.measure(corpus, device))

@@ -18,9 +18,8 @@ from niels_gpt.cli.shared.options import (
     source_options,
 )
 from niels_gpt.cli.shared.output import console, exit_on_failure
-from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_from_json
-from niels_gpt.data.sources import Places
-from niels_gpt.mix import may_choose_val, with_mix
+from niels_gpt.config import ModelConfig, TrainConfig, read_config
+from niels_gpt.data.sources import Given
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.data_report import Source
@@ -48,7 +47,7 @@ def main() -> None:
 @_config_option
 @source_options
 @json_option()
-def info(config: str | None, places: Places, as_json: bool) -> None:
+def info(config: str | None, given: Given, as_json: bool) -> None:
     """Show each source and what was left out.
 
     Prints its location, its splits with sizes and digests, the state of the cache, and every file
@@ -57,12 +56,12 @@ def info(config: str | None, places: Places, as_json: bool) -> None:
     with exit_on_failure(2, busy="reading the text"):
         from niels_gpt.analysis.data_report import survey
 
-        found = survey(_where(config, places)[2])
+        found = survey(_where(config, given)[2])
     lines = [line for source in found for line in _source_lines(source)]
     console.result(found, lines, as_json=as_json)
     with exit_on_failure(2):
         for source in found:
-            if source.name in places and source.problem is not None:
+            if source.name in given.places and source.problem is not None:
                 raise ValueError(source.problem)
 
 
@@ -74,7 +73,7 @@ def info(config: str | None, places: Places, as_json: bool) -> None:
 @json_option()
 def build(
     config: str | None,
-    places: Places,
+    given: Given,
     rebuild: bool,
     verify: bool,
     as_json: bool,
@@ -93,8 +92,8 @@ def build(
 
         train, val = build_sources(
             replace(
-                _where(config, places)[2],
-                required_sources=("wiki",) if "wiki" in places else (),  # as in a run
+                _where(config, given)[2],
+                required_sources=("wiki",) if "wiki" in given.places else (),  # as in a run
                 force_rebuild=rebuild,
                 verify=verify,
             )
@@ -128,7 +127,7 @@ def fetch(as_json: bool) -> None:
 @json_option()
 def sample(
     config: str | None,
-    places: Places,
+    given: Given,
     step: int,
     n: int,
     as_json: bool,
@@ -138,7 +137,7 @@ def sample(
     Shows the first rows of a step's batch, as a run with this config and text draws them.
     """
     with exit_on_failure(2, busy="reading the text"):
-        model_cfg, train_cfg, where = _where(config, places)
+        model_cfg, train_cfg, where = _where(config, given)
         from niels_gpt.corpus import open_corpus
 
         corpus = open_corpus(model_cfg, train_cfg, where)
@@ -155,24 +154,16 @@ def sample(
     console.result(rows, lines, as_json=as_json)
 
 
-def _where(
-    config: str | None, places: Places
-) -> tuple[ModelConfig, TrainConfig, StreamBuildConfig]:
+def _where(config: str | None, given: Given) -> tuple[ModelConfig, TrainConfig, StreamBuildConfig]:
     """Return the configs, and how to read the sources under them."""
-    from niels_gpt.streams import locate
+    from niels_gpt.corpus import as_given
 
-    path = None if config is None else find_config(config)
+    document = None if config is None else read_config(config)
     model_cfg, train_cfg = ModelConfig(), TrainConfig()
-    if path is not None:
-        model_cfg, train_cfg = load_config_from_json(path)
-    train_cfg = with_mix(train_cfg, places)
-    where = replace(
-        locate(places),
-        T=model_cfg.T,
-        seed=train_cfg.seed,
-        wiki_fallback=True,
-        any_val=may_choose_val(train_cfg, places, path),
-    )
+    if document is not None:
+        model_cfg, train_cfg = document.configs()
+    train_cfg, where = as_given(train_cfg, given, document)
+    where = replace(where, T=model_cfg.T, seed=train_cfg.seed, wiki_fallback=True)
     return model_cfg, train_cfg, where
 
 

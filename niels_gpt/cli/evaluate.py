@@ -19,7 +19,7 @@ from niels_gpt.cli.shared.options import (
 )
 from niels_gpt.cli.shared.output import console, exit_on_failure
 from niels_gpt.config import SOURCE_NAMES
-from niels_gpt.data.sources import Places, all_places
+from niels_gpt.data.sources import Given, all_places
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.score import Report
@@ -40,7 +40,12 @@ if TYPE_CHECKING:
     "--source", "names", type=click.Choice(SOURCE_NAMES), multiple=True, help="Only this source."
 )
 @source_options
-@click.option("--seed", type=int, metavar="N", help="Seed (default: the checkpoint's).")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    metavar="N",
+    help="Seed (default: the checkpoint's).",
+)
 @click.option("--steps", type=int, metavar="N", help="Batches (default: the checkpoint's).")
 @device_option()
 @json_option()
@@ -50,7 +55,7 @@ def main(
     stride: int | None,
     rows: int | None,
     names: tuple[str, ...],
-    places: Places,
+    given: Given,
     seed: int | None,
     steps: int | None,
     device: str,
@@ -65,7 +70,7 @@ def main(
     --text FILE alone scores the whole file, byte for byte. With --source text it is the source
     `text` of a run, and its validation part is scored.
     """
-    file = _whole_file(names, places)
+    file = _whole_file(names, given)
     if not full and (stride, rows) != (None, None):
         raise click.UsageError("--stride and --rows require --full")
     if full and (seed, steps) != (None, None):
@@ -77,7 +82,7 @@ def main(
 
         report = score_checkpoint(
             ckpt,
-            partial(_open_text, file, names, places, full),
+            partial(_open_text, file, names, given, full),
             Full(stride, rows) if full else Sampled(seed, steps),
             device=device,
             on_progress=lambda name, done, total: console.progress(name)(done, total),
@@ -86,15 +91,15 @@ def main(
     console.result(_value(ckpt, report), _lines(report), as_json=as_json)
 
 
-def _whole_file(names: tuple[str, ...], places: Places) -> Path | None:
+def _whole_file(names: tuple[str, ...], given: Given) -> Path | None:
     """Return the file to score as a whole, None to score the validation texts of sources."""
-    if "text" not in places or "text" in names:
+    if "text" not in given.places or "text" in names:
         return None
-    if names or len(places) > 1:
+    if names or len(given.places) > 1:
         raise click.UsageError(
             "--text cannot be combined with sources; --source text makes it one of them"
         )
-    file, *more = map(Path, all_places(places["text"]))
+    file, *more = map(Path, all_places(given.places["text"]))
     if more or file.is_dir():
         raise click.UsageError(
             "--text takes one file to score as it is; with --source text it takes what `train` "
@@ -106,7 +111,7 @@ def _whole_file(names: tuple[str, ...], places: Places) -> Path | None:
 def _open_text(
     file: Path | None,
     names: tuple[str, ...],
-    places: Places,
+    given: Given,
     full: bool,
     state: TrainState,
     records: SourceRecords | None,
@@ -117,10 +122,10 @@ def _open_text(
     length = 1 if full else state.model_cfg.T + 1
     if file is not None:
         return open_file(file, length=length, records=records)
-    where = as_recorded(locate(places), records)
+    where = as_recorded(locate(given), records)
     own = (records or {}).get("val", {})
     if own and "wiki" not in own:  # a run on one's own text alone
-        where = replace(where, enabled_sources=tuple(dict.fromkeys([*own, *places])))
+        where = replace(where, enabled_sources=tuple(dict.fromkeys([*own, *given.places])))
     return open_validation(where, names, state.train_cfg.seed, length=length)
 
 

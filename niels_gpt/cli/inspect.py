@@ -20,7 +20,7 @@ from niels_gpt.cli.shared.options import (
     source_options,
 )
 from niels_gpt.cli.shared.output import USER_ERRORS, console, describe, exit_on_failure
-from niels_gpt.data.sources import Places
+from niels_gpt.data.sources import Given
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.influence import Influence
@@ -62,7 +62,7 @@ def _count(name: str, default: int, text: str | None = None, most: int | None = 
 def main(
     ckpt: Path,
     only: tuple[str, ...],
-    places: Places,
+    given: Given,
     batches: int,
     iterations: int,
     windows: int,
@@ -80,6 +80,7 @@ def main(
     run most and least.
     """
     wanted = only or PARTS
+    _refuse_idle_options(wanted, as_json)
     with exit_on_failure(2, busy="reading the text"):
         from niels_gpt.analysis.replay import open_corpus_of
         from niels_gpt.checkpoint import open_checkpoint
@@ -87,14 +88,13 @@ def main(
 
         checkpoint = open_checkpoint(ckpt, device)
         state = checkpoint.state
-        sources = as_recorded(locate(places), checkpoint.sources)
+        sources = as_recorded(locate(given), checkpoint.sources)
         corpus, messages = open_corpus_of(checkpoint, sources)
         console.tell(*messages)
         documents: list[tuple[str, bytes]] = []
         if "documents" in wanted:  # found first, so that an error wastes no measurement
             with _documents_wanted(required=bool(only)):
                 documents = _documents(sources, state)
-        _refuse_idle_options(wanted, as_json)
         found = _measure(
             state,
             corpus,

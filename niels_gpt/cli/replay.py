@@ -18,7 +18,7 @@ from niels_gpt.cli.shared.options import (
     source_options,
 )
 from niels_gpt.cli.shared.output import console, exit_on_failure
-from niels_gpt.data.sources import Places
+from niels_gpt.data.sources import Given
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.replay import StepView, Verdict
@@ -41,7 +41,7 @@ def main(
     start: Path | None,
     end: Path | None,
     step: int | None,
-    places: Places,
+    given: Given,
     device: str | None,
     as_json: bool,
 ) -> None:
@@ -61,7 +61,7 @@ def main(
         from niels_gpt.analysis.replay import replay_files, view_files
         from niels_gpt.streams import locate
 
-        sources = locate(places)
+        sources = locate(given)
         if end is not None:
             verdict = replay_files(start, end, sources, device, _show_step)
             console.tell(*verdict.messages)

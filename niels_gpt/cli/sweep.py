@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +21,8 @@ from niels_gpt.cli.shared.options import (
     source_options,
 )
 from niels_gpt.cli.shared.output import console, exit_on_failure
-from niels_gpt.config import ModelConfig, TrainConfig, find_config, load_config_from_json
-from niels_gpt.data.sources import Places
-from niels_gpt.mix import may_choose_val, with_mix
+from niels_gpt.config import ConfigDocument, ModelConfig, TrainConfig, read_config
+from niels_gpt.data.sources import Given
 
 if TYPE_CHECKING:
     from niels_gpt.analysis.sweep import Cell, Cost, Result, Start, Suggestion
@@ -42,6 +40,13 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> li
     if len(set(numbers)) < len(numbers):
         raise click.BadParameter(f"{text!r} repeats a number; use --seeds N for more runs of each")
     return numbers
+
+
+def _known(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """Refuse nan, which no range does."""
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("nan is not a number.")
+    return value
 
 
 @click.command(
@@ -62,7 +67,8 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> li
 @device_option("cpu")
 @click.option(
     "--memory",
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(0, 1e9),
+    callback=_known,
     metavar="GB",
     help="Memory limit (default: half of what is available).",
 )
@@ -81,7 +87,7 @@ def main(
     lrs: list[float],
     decays: list[float] | None,
     seeds: int,
-    places: Places,
+    given: Given,
     device: str,
     memory: float | None,
     solo: bool | None,
@@ -98,12 +104,15 @@ def main(
     _refuse_without_effect(dry_run, solo)
     with exit_on_failure(2, busy="reading the text"):
         from niels_gpt.analysis import plot, sweep
+        from niels_gpt.corpus import as_given, open_corpus
 
         plot.check_pictures(picture)
-        model_cfg, cfg, start = _begin(config, overrides, parent, device)
+        document = read_config(config)
+        model_cfg, cfg, start = _begin(document, overrides, parent, device)
+        cfg, where = as_given(cfg, given, document, overrides)
         every_seed = range(cfg.seed, cfg.seed + seeds)
         cfgs = sweep.grid(cfg, lrs, decays or [cfg.weight_decay], every_seed)
-        corpus = _open_text(model_cfg, cfg, config, overrides, places)
+        corpus = open_corpus(model_cfg, cfg, where)
         console.tell(*corpus.messages)
         groups = _groups(model_cfg, cfgs, memory)
         cost = sweep.cost(model_cfg, groups, corpus, device, solo=solo)
@@ -117,18 +126,16 @@ def main(
 
 
 def _begin(
-    config: str, overrides: tuple[str, ...], parent: Path | None, device: str
+    document: ConfigDocument, overrides: tuple[str, ...], parent: Path | None, device: str
 ) -> tuple[ModelConfig, TrainConfig, Start]:
     """Load the configs; also return how a model begins: drawn, or with the weights of `parent`."""
     from niels_gpt.checkpoint import open_checkpoint
-    from niels_gpt.device import limit_threads
     from niels_gpt.state import make_state
 
-    limit_threads()
     if parent is None:
-        return *load_config_from_json(find_config(config), overrides), make_state
+        return *document.configs(overrides), make_state
     found = open_checkpoint(parent, device)
-    model_cfg, cfg = load_config_from_json(find_config(config), overrides, model=found.model_cfg)
+    model_cfg, cfg = document.configs(overrides, model=found.model_cfg)
     found.start_under(model_cfg, cfg)  # refuses another shape
     return model_cfg, cfg, lambda model_cfg, cfg, device: found.start_under(model_cfg, cfg)
 
@@ -140,28 +147,12 @@ def _refuse_without_effect(dry_run: bool, solo: bool | None) -> None:
         refuse_without_effect("with --solo, which trains one model at a time", "memory")
 
 
-def _open_text(
-    model_cfg: ModelConfig,
-    cfg: TrainConfig,
-    config: str,
-    overrides: tuple[str, ...],
-    places: Places,
-) -> Corpus:
-    """Open the text of the runs, with the shares that were given."""
-    from niels_gpt.corpus import open_corpus
-    from niels_gpt.streams import locate
-
-    cfg = with_mix(cfg, places)
-    any_val = may_choose_val(cfg, places, find_config(config), overrides)
-    return open_corpus(model_cfg, cfg, replace(locate(places), any_val=any_val))
-
-
 def _groups(
     model_cfg: ModelConfig, cfgs: list[TrainConfig], memory: float | None
 ) -> list[list[TrainConfig]]:
     """Split into groups that fit into the memory limit, in GB (None: half of what is available)."""
     from niels_gpt.analysis import sweep
-    from niels_gpt.run.dry_run import size
+    from niels_gpt.units import size
 
     budget = sweep.memory_budget() if memory is None else int(memory * 1e9)
     each = sweep.member_bytes(model_cfg, cfgs[0].B)
@@ -211,7 +202,7 @@ def _report(
 
 
 def _cost_line(cost: Cost) -> str:
-    from niels_gpt.run.dry_run import duration, size
+    from niels_gpt.units import duration, size
 
     ratio = cost.seconds_per_step / cost.seconds_per_step_alone
     way = "one by one" if cost.solo else f"in {cost.groups} group{'s' if cost.groups > 1 else ''}"

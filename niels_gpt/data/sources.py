@@ -3,6 +3,7 @@
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,11 +34,13 @@ SOURCES = {
 Place = str | Path | tuple[str | Path, ...]  # a tuple if the source takes several
 
 
-class Places(dict[str, Place]):
-    """The place given for each source, by name, and how to read and mix the text there."""
+@dataclass(frozen=True)
+class Given:
+    """What the user says of the text; what is not given is left to the program."""
 
-    skip_machine_lines: bool | None = None  # see `StreamBuildConfig`
+    places: Mapping[str, Place] = field(default_factory=dict)  # by source
     mix: Mapping[str, float] | None = None  # share of each source, summing to 1
+    skip_machine_lines: bool | None = None  # see `StreamBuildConfig`
 
 
 def option_of(name: str) -> str:

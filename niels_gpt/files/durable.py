@@ -11,7 +11,7 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 LOCK_NAME = ".niels-gpt.lock"
@@ -89,16 +89,20 @@ def check_folder(folder: Path) -> None:
         raise OSError(number, os.strerror(number), str(nearest))
 
 
-def set_aside(folder: Path, names: Iterable[str]) -> Path:
+def set_aside(folder: Path, names: Iterable[str], *, copied: Collection[str] = ()) -> Path:
     """Move files of `folder` durably into a new subfolder ``earlier-NNN``; return the subfolder.
 
-    Nothing is overwritten. If killed midway, each file is complete in one of the two places.
+    Small files that are to be `copied` stay where they are too. Nothing is overwritten. If killed
+    midway, each file is complete in one of the two places.
     """
     aside = _new_subfolder(folder)
     try:
         for name in names:
             with _named(folder / name):
-                os.rename(folder / name, aside / name)
+                if name in copied:
+                    write_durably([aside / name], (folder / name).read_bytes())
+                else:
+                    os.rename(folder / name, aside / name)
     except OSError:
         with contextlib.suppress(OSError):
             aside.rmdir()  # if nothing was moved

@@ -12,7 +12,7 @@ CHUNK = 256 << 10
 
 
 class MappedBytes(mmap.mmap):
-    """A file that is used as `bytes` are: length, slices, equality, `bytes(x)`, hashing.
+    """A file that is used as `bytes` are: length, slices, equality, `bytes(x)`, updating a digest.
 
     A slice is a copy, read by the system without the mapping: pages that are looked at through the
     mapping would count as memory of the process. The file is held open, so it may be replaced by

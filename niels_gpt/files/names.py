@@ -33,10 +33,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def model_in(path: Path) -> Path:
-    """Return the checkpoint to use of a run's folder: best.pt, else latest.pt; a file as it is.
+    """Return the checkpoint to use: best.pt, else latest.pt, else the newest periodic one.
+
+    A file is returned as it is.
 
     Raises:
-        FileNotFoundError: if it is a folder with neither; the message says what to do.
+        FileNotFoundError: if it is a folder with none; the message says what to do.
     """
     if not path.is_dir():
         return path

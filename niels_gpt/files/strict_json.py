@@ -5,6 +5,7 @@ Standard library only, so that a bad config is reported before torch is imported
 
 import codecs
 import json
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -83,6 +84,21 @@ def save_json(path: str | os.PathLike[str], data: object) -> None:
     """
     text = json.dumps(data, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
     Path(path).write_bytes((text + "\n").encode("utf-8"))
+
+
+def to_json(value: object) -> str:
+    """Encode named tuples, dicts and lists as JSON; non-finite numbers become null."""
+    return json.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(value: object) -> str:

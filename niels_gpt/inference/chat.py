@@ -1,5 +1,6 @@
 """A conversation: a prompt that fits the context, a reply that ends where the next turn starts."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -284,12 +285,15 @@ def _reheated(chat: Chat, argument: str) -> tuple[Chat, str]:
 def _saved(chat: Chat, argument: str) -> str:
     if not argument:
         return "/save needs a file name"
-    path = Path(argument).expanduser()
+    path = Path(os.path.expanduser(argument))
+    prompted = format_chat((*chat.messages, {"role": "assistant", "content": ""}))
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(format_chat(chat.messages).removesuffix(PROMPT))
+            file.write(prompted.removesuffix(PROMPT))
     except OSError as error:
         return f"not saved: {path}: {error.strerror}"
+    except ValueError as error:  # a NUL byte in the name
+        return f"not saved: {argument!r}: {error}"
     return f"saved {len(chat.messages)} messages to {path}"
 
 

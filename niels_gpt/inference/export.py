@@ -4,7 +4,6 @@ The format (safetensors 1.0) is a length, a JSON header, and the raw values. It 
 because the package `safetensors` needs NumPy to write torch tensors.
 """
 
-import ctypes
 import hashlib
 import json
 import struct
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from niels_gpt.checkpoint import Checkpoint, open_checkpoint
 from niels_gpt.files.durable import make_folder, write_durably
-from niels_gpt.files.strict_json import load_json
+from niels_gpt.files.strict_json import load_json, to_json
+from niels_gpt.files.torchfile import raw_bytes
 
 MAX_CONFIG_BYTES = 32_000_000  # a checkpoint may hold a train_cfg of half of that
 
@@ -48,7 +48,7 @@ def export(checkpoint: Path, out: Path, *, overwrite: bool = False) -> tuple[Pat
         new.rename(out)
     finally:
         new.unlink(missing_ok=True)
-    write_durably([config], (json.dumps(description, indent=2) + "\n").encode())
+    write_durably([config], (to_json(description) + "\n").encode())
     return out, config
 
 
@@ -97,5 +97,4 @@ def to_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _values(t: Tensor) -> bytes:
-    t = t.to("cpu", torch.float32).contiguous()
-    return ctypes.string_at(t.data_ptr(), t.nbytes)
+    return bytes(raw_bytes(t.to("cpu", torch.float32).contiguous()))

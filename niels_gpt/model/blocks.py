@@ -101,13 +101,14 @@ class CausalSelfAttention(nn.Module):
             p = _causal_softmax(q, seen_k)  # (B, H, block, seen)
             if attn is not None:
                 attn.append(p)
-            rows.append(_drop(p, drop, self.p, self.training, first) @ seen_v)
+            rows.append(drop_out(p, drop, self.p, self.training, first) @ seen_v)
             first += p[0].numel()
         y: Tensor = self.proj(torch.cat(rows, dim=-2).transpose(-3, -2).flatten(-2))
         return y
 
 
-def _drop(x: Tensor, key: Tensor | None, p: float, training: bool, start: int = 0) -> Tensor:
+def drop_out(x: Tensor, key: Tensor | None, p: float, training: bool, start: int = 0) -> Tensor:
+    """Drop activations (B, ...) by their keys (B, 2), or else as `F.dropout` does."""
     if key is not None and p:
         return dropout.dropout(x, key, p, start=start)
     return F.dropout(x, p) if training else x
@@ -209,5 +210,5 @@ class Block(nn.Module):
         self, x: Tensor, a: Tensor, keys: Sequence[Tensor | None] = (None, None)
     ) -> Tensor:
         """Add the attention's branch a, then the MLP's."""
-        x = x + _drop(a, keys[0], self.p, self.training)
-        return x + _drop(self.mlp(self.ln2(x)), keys[1], self.p, self.training)
+        x = x + drop_out(a, keys[0], self.p, self.training)
+        return x + drop_out(self.mlp(self.ln2(x)), keys[1], self.p, self.training)

@@ -8,13 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from niels_gpt.config import ModelConfig
-from niels_gpt.model import dropout, rope
-from niels_gpt.model.blocks import STD, Block, init_weights
+from niels_gpt.model import rope
+from niels_gpt.model.blocks import STD, Block, drop_out, init_weights
 
 ORDERED_LOOKUP = ("cpu", "cuda")  # devices that sum the gradient of a lookup in a fixed order
 EMBEDDING_STD = 0.2  # of the embedding's first values, with `fan_in`
@@ -60,11 +59,8 @@ class GPT(nn.Module):
         cfg, T = self.cfg, x.shape[-1]
         if x.ndim != 2 or T > cfg.T:
             raise ValueError(f"ids must be (B, T) with T <= {cfg.T}, got {tuple(x.shape)}")
-        h = _embed(self.tok_emb, x)
-        if drop is None or not cfg.dropout:
-            h = F.dropout(h, cfg.dropout, self.training)
-        else:
-            h = dropout.dropout(h, drop[:, 0], cfg.dropout)
+        key = None if drop is None else drop[:, 0]
+        h = drop_out(_embed(self.tok_emb, x), key, cfg.dropout, self.training)
         D = cfg.C // cfg.H
         return h, rope.rope_cache(T, D, theta=cfg.rope_theta, device=h.device, dtype=h.dtype)
 

@@ -17,11 +17,13 @@ from niels_gpt.checkpoint import checkpoint_of, checkpoint_size
 from niels_gpt.config import TrainConfig
 from niels_gpt.device import BUSY, available_memory, is_busy, metal_memory
 from niels_gpt.eval import evaluate
+from niels_gpt.files.names import BEST, LATEST
 from niels_gpt.model.flops import parameter_count, step_flops
 from niels_gpt.run.compile import choose_step
 from niels_gpt.run.plan import Plan
 from niels_gpt.state import TrainState
 from niels_gpt.step import StepFunction, loop_step
+from niels_gpt.units import duration, size
 
 TIMED_STEPS = 2
 
@@ -48,7 +50,7 @@ def costs(plan: Plan) -> dict[str, Any]:
     evals = _evaluations(cfg, plan.state.step)
     others = len(plan.corpus.val) - 1 if evals else 0  # each is scored once, at the end
     size = checkpoint_bytes(plan, state)
-    files = periodic_checkpoints(cfg) + 2  # latest.pt and best.pt
+    files = new_files(plan)
     return {
         "parameters": parameter_count(model_cfg),
         "flops_per_step": step_flops(model_cfg, B=cfg.B),
@@ -75,9 +77,12 @@ def checkpoint_bytes(plan: Plan, state: TrainState) -> int:
     return checkpoint_size(checkpoint_of(state, scores, record, environment, plan.ancestors))
 
 
-def periodic_checkpoints(cfg: TrainConfig) -> int:
-    """Count the `step_*.pt` files of a complete run."""
-    return cfg.total_steps // cfg.ckpt_every
+def new_files(plan: Plan) -> int:
+    """Count the checkpoints that the run will add to its folder."""
+    cfg, resumed = plan.state.train_cfg, plan.resumed
+    periodic = cfg.total_steps // cfg.ckpt_every - plan.state.step // cfg.ckpt_every
+    goes_on = resumed is not None and resumed.path.parent.resolve() == plan.out.resolve()
+    return periodic + sum(not (goes_on and (plan.out / name).exists()) for name in (LATEST, BEST))
 
 
 def peak_memory_bytes() -> int:
@@ -167,24 +172,3 @@ def _cost_lines(c: dict[str, Any]) -> list[str]:
         ),
         "dry run: nothing was written",
     ]
-
-
-def duration(seconds: float) -> str:
-    """Format seconds for people, to about two significant digits."""
-    if seconds < 9.5:
-        return f"{seconds:.2g} s"
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    if seconds < 99.5 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-def size(n: int) -> str:
-    """Format a number of bytes in decimal units."""
-    if n < 1000:
-        return f"{n} byte" + "s" * (n != 1)
-    value, units = n / 1000, ["kB", "MB", "GB", "TB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"

@@ -36,30 +36,35 @@ class Folder:
         self._plan = plan
         self._console = console
         self._claimed = False
-        # The resumed state is the best so far, and its best.pt is yet to be written here.
-        self._owes_best = not plan.has_best and plan.scores.best_step == plan.state.step
+        # The best state so far and the scores it had, while its best.pt is yet to be written here.
+        self._owed_best: tuple[TrainState, Scores] | None = None
+        if not plan.has_best and plan.scores.best_step == plan.state.step:
+            self._owed_best = plan.state, plan.scores
 
     def save(self, names: Sequence[str], state: TrainState, scores: Scores) -> bool:
         """Save a state durably under each name in turn; on failure, report it and return False.
 
-        A `latest.pt` that the run was resumed from and that is this very state stays as it is.
+        A `best.pt` that could not be written is written at the next save, before anything else. A
+        `latest.pt` that the run was resumed from and that is this very state stays as it is.
         """
         checkpoint = self._checkpoint(state, scores)
+        if BEST in names:
+            self._owed_best = state, scores
         try:
             if names == [LATEST] and self._is_there(checkpoint):
                 self.is_saved = self.has_own = True
                 return True
             self._claim()
             self._sync_metrics()
-            if self._owes_best and BEST not in names:
-                self._write([BEST], self._checkpoint(self._plan.state, self._plan.scores))
-            self._owes_best = False
+            if self._owed_best is not None and BEST not in names:
+                self._write([BEST], self._checkpoint(*self._owed_best))
             self._write(names, checkpoint)
+            self._owed_best = None
         except (OSError, CheckpointError) as error:
             self.is_saved = False
             self._console.warn(
                 f"SAVE FAILED after step {state.step}: {error}; "
-                f"the next save will retry; {self.last_good()}"
+                f"{self._retried(names)}; {self.last_good()}"
             )
             return False
         self.is_saved = self.has_own = True
@@ -69,6 +74,11 @@ class Folder:
     def last_good(self) -> str:
         """Name the newest checkpoint known to be good."""
         return f"last good checkpoint: {self.good}" if self.good else "no checkpoint yet"
+
+    @staticmethod
+    def _retried(names: Sequence[str]) -> str:
+        periodic = [name for name in names if name not in (BEST, LATEST)]
+        return "the next save will retry" + "".join(f", but not {name}" for name in periodic)
 
     def _checkpoint(self, state: TrainState, scores: Scores) -> Checkpoint:
         plan = self._plan
@@ -81,7 +91,7 @@ class Folder:
     def _is_there(self, checkpoint: Checkpoint) -> bool:
         """Return whether `latest.pt` is this checkpoint: the resumed one, unchanged."""
         resumed = self._plan.resumed
-        if resumed is None or self._claimed or self._owes_best:
+        if resumed is None or self._claimed or self._owed_best is not None:
             return False
         is_latest = resumed.path.name == LATEST and _is_in(resumed.path, self.path)
         return is_latest and resumed.digest == digest_of(checkpoint)
@@ -91,12 +101,14 @@ class Folder:
         if self._claimed:
             return
         durable.remove_temporaries(self.path)
-        earlier = self._files_of_another_run()
+        earlier, resumed = self._files_of_another_run(), self._plan.resumed
         if earlier:
             names = [path.name for path in earlier]
             if os.path.lexists(self.path / CALL):
                 names.append(CALL)
-            aside = durable.set_aside(self.path, names)
+            goes_on = resumed is not None and _is_in(resumed.path, self.path)
+            copied = (METRICS, CALL) if goes_on else ()  # a resume needs them: new ones follow
+            aside = durable.set_aside(self.path, names, copied=copied)
             self._console.say(f"moved {len(earlier)} files of an earlier run to {aside}")
         self._keep_call()
         if kept := self.metrics.claim():

@@ -10,9 +10,8 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from niels_gpt.config import find_config, load_config_from_json
+from niels_gpt.config import read_config
 from niels_gpt.device import keep_freed_memory, limit_threads
-from niels_gpt.mix import may_choose_val, with_mix
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.stop import Stop, Stopped
 
@@ -40,7 +39,7 @@ def run_command(options: TrainOptions, console: Console) -> int:
         except Stopped as stopped:
             console.warn(f"stopped by {stopped} before the first step: nothing to save")
             return stopped.exit_code
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
             console.fail(error)
             return 2
         from niels_gpt.run.session import train
@@ -52,9 +51,10 @@ def _prepare(
     options: TrainOptions, locks: contextlib.ExitStack, becomes: Callable[[str], None]
 ) -> Plan:
     """Validate the config before importing torch, so that mistakes are reported at once."""
+    document = None if options.config is None else read_config(options.config)
     own = None
-    if options.config is not None and options.parent is None:
-        own = load_config_from_json(find_config(options.config), options.overrides)
+    if document is not None and options.parent is None:
+        own = document.configs(options.overrides)
     keep_freed_memory()
     limit_threads()
     from niels_gpt.files import durable
@@ -71,9 +71,5 @@ def _prepare(
     becomes("reading the checkpoint")
     origin = find_origin(options)
     becomes("reading the text")
-    model_cfg, train_cfg = own or origin.configs(options)
-    train_cfg = with_mix(train_cfg, options.places)
-    any_val = options.config is not None and may_choose_val(
-        train_cfg, options.places, find_config(options.config), options.overrides
-    )
-    return make_plan(model_cfg, train_cfg, options, origin, any_val=any_val)
+    model_cfg, train_cfg = own or origin.configs(document, options.overrides)
+    return make_plan(model_cfg, train_cfg, options, origin, document)

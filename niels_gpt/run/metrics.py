@@ -72,8 +72,12 @@ def _is_record(value: object) -> bool:
         isinstance(value, dict)
         and isinstance(value.get("kind"), str)
         and isinstance(value.get("step"), int)
-        and isinstance(value.get("seconds", 0.0), int | float)
+        and _is_time(value.get("seconds", 0.0))
     )
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= 1e12
 
 
 def records_until(records: Iterable[Record], step: int, evaluated: int | None) -> list[Record]:

@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from niels_gpt.data.recipe import WITHOUT_MACHINE_LINES
 from niels_gpt.data.sources import all_places, option_of
 from niels_gpt.files.names import BEST
 from niels_gpt.mix import written
@@ -67,8 +68,11 @@ def next_steps(
         stage = STAGES[text]
         tuned = ["--from", model, "--out", shown(folder.path / stage.out)]
         device = [] if options.device is None else ["--device", options.device]
-        places = {text: plan.call.places.get(text, [])}
-        words = [*train, "--config", stage.config, *tuned, *stage.more, *_places(places), *device]
+        places = _places({text: plan.call.places.get(text, [])})
+        as_before = plan.corpus.record["train"].get(text, {}).get("origin", "")
+        skip = ["--skip-machine-lines"] * as_before.endswith(WITHOUT_MACHINE_LINES)
+        more = [*stage.more, *places, *skip, *device]
+        words = [*train, "--config", stage.config, *tuned, *more]
         steps.append((stage.what, words))
     return [(what, shlex.join(words)) for what, words in steps]
 
@@ -82,22 +86,27 @@ def _to_tune_on(trained: Collection[str]) -> str | None:
 
 def shown(path: Path) -> str:
     """Return a path from the current folder where that is shorter."""
-    here = Path.cwd()
-    absolute = path.absolute()
+    try:
+        here, absolute = Path.cwd(), path.absolute()
+    except FileNotFoundError:  # the current folder was deleted
+        return str(path)
     return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(path)
 
 
 def _given(options: TrainOptions) -> list[str]:
     """Return the options that decide what a run does, as they were given."""
+    given_mix = options.given.mix
     flags = {
         "--compile": options.compile is True,
         "--no-compile": options.compile is False,
         "--allow-data-change": options.allow_data_change,
+        "--skip-machine-lines": options.given.skip_machine_lines is True,
+        "--keep-machine-lines": options.given.skip_machine_lines is False,
     }
     given: dict[str, Iterable[object]] = {
         "--config": [options.config],
         "--set": options.overrides,
-        "--mix": [written(mix)] if (mix := getattr(options.places, "mix", None)) else [],
+        "--mix": [written(given_mix)] if given_mix else [],
         "--device": [options.device],
     }
     pairs = [
@@ -107,7 +116,8 @@ def _given(options: TrainOptions) -> list[str]:
         if value is not None
     ]
     places = {
-        name: [str(path) for path in all_places(place)] for name, place in options.places.items()
+        name: [str(path) for path in all_places(place)]
+        for name, place in options.given.places.items()
     }
     flagged = [flag for flag, is_given in flags.items() if is_given]
     return [*chain.from_iterable(pairs), *_places(places), *flagged]

@@ -1,11 +1,10 @@
 """The options of the `train` command, as a value."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from niels_gpt.data.sources import Place, Places
+from niels_gpt.data.sources import Given
 
 
 class Program(NamedTuple):
@@ -25,7 +24,7 @@ class TrainOptions:
     parent: str | None = None  # `--from`, the checkpoint whose weights the run starts from
     device: str | None = None
     out: Path | None = None
-    places: Mapping[str, Place] = field(default_factory=Places)  # of sources, by name
+    given: Given = field(default_factory=Given)  # of the text
     compile: bool | None = None
     dry_run: bool = False
     as_json: bool = False

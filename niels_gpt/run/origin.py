@@ -9,13 +9,12 @@ from typing import NamedTuple
 from niels_gpt import paths
 from niels_gpt.checkpoint import Ancestor, Checkpoint, newest_good, open_checkpoint
 from niels_gpt.config import (
+    ConfigDocument,
     ModelConfig,
     Problems,
     TrainConfig,
     apply_overrides,
     config_from_dict,
-    find_config,
-    load_config_from_json,
     to_dict,
 )
 from niels_gpt.device import resolve_device
@@ -39,21 +38,22 @@ class Origin(NamedTuple):
             return self.parent.lineage
         return self.resumed.ancestors if self.resumed is not None else ()
 
-    def configs(self, options: TrainOptions) -> tuple[ModelConfig, TrainConfig]:
+    def configs(
+        self, document: ConfigDocument | None, overrides: Sequence[str]
+    ) -> tuple[ModelConfig, TrainConfig]:
         """Return the configs of the run, with the overrides.
 
         Without a file they are those of the resumed checkpoint. With the weights of another, what
         the file does not say of the model is as in that checkpoint.
 
         Raises:
-            FileNotFoundError, ValueError: if they are invalid, with every problem.
+            ValueError: if they are invalid, with every problem.
         """
-        if self.resumed is not None and options.config is None:
-            return _configs_in(self.resumed, options.overrides)
-        assert options.config is not None
-        model = {} if self.parent is None else self.parent.model_cfg
-        path = find_config(options.config)
-        return load_config_from_json(path, options.overrides, model=model)
+        if document is not None:
+            model = {} if self.parent is None else self.parent.model_cfg
+            return document.configs(overrides, model=model)
+        assert self.resumed is not None
+        return _configs_in(self.resumed, overrides)
 
     def device(self, asked: str | None) -> str:
         """Return the device to train on: as asked, else that of the run that is resumed.
@@ -62,8 +62,9 @@ class Origin(NamedTuple):
             ValueError: if the one that was asked for is not available.
         """
         if asked is None and self.resumed is not None:
+            before = self.resumed.environment.get("device")
             with contextlib.suppress(ValueError):
-                return resolve_device(self.resumed.environment.get("device"))
+                return resolve_device(before if before is None else str(before))
         return resolve_device(asked)
 
     def state(self, model_cfg: ModelConfig, train_cfg: TrainConfig, device: str) -> TrainState:
@@ -92,8 +93,7 @@ class Origin(NamedTuple):
             return []
         return [*self.skipped, *_resume_messages(self.resumed, train_cfg)]
 
-    @property
-    def call(self) -> tuple[Call, list[str]]:
+    def read_call(self) -> tuple[Call, list[str]]:
         """Return how the run that is resumed was called, and messages."""
         return (Call(), []) if self.resumed is None else read_call(self.resumed.path.parent)
 
@@ -165,7 +165,7 @@ def _newest(folder: Path) -> Origin:
 def _resume_messages(resumed: Checkpoint, train_cfg: TrainConfig) -> list[str]:
     """Return messages about inexact resumption and changed settings."""
     defaults, now = to_dict(TrainConfig()), to_dict(train_cfg)
-    before = {**defaults, "val_source": resumed.val_source, **resumed.train_cfg}
+    before = {**defaults, **resumed.train_cfg}
     changed = [
         f"train.{name}: {before[name]!r} in the checkpoint, now {now[name]!r}"
         for name in now

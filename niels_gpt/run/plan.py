@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 
 from niels_gpt.checkpoint import Ancestor, Checkpoint, SourceRecords
-from niels_gpt.config import ModelConfig, Problems, TrainConfig
+from niels_gpt.config import ConfigDocument, ModelConfig, Problems, TrainConfig
 from niels_gpt.corpus import Corpus, open_corpus
 from niels_gpt.eval import Scores
 from niels_gpt.files.names import METRICS
 from niels_gpt.files.torchfile import MAX_TENSOR_BYTES
 from niels_gpt.lr_schedule import lr_of_step
+from niels_gpt.mix import may_choose_val, with_mix
 from niels_gpt.model.flops import parameter_count, step_flops
 from niels_gpt.optim import optimizer_of, to_entries
 from niels_gpt.run.best import resumed_scores
@@ -55,20 +56,27 @@ def make_plan(
     train_cfg: TrainConfig,
     options: TrainOptions,
     origin: Origin | None = None,
-    *,
-    any_val: bool = False,
+    document: ConfigDocument | None = None,
 ) -> Plan:
-    """Validate and load everything that a run needs; `origin` is that of the options, if open.
+    """Validate and load everything that a run needs.
 
-    With `any_val` the configs leave open which source decides best.pt.
+    Args:
+        model_cfg, train_cfg: what the options say, but for the shares of the text.
+        origin: that of the options, if it is open.
+        document: what the configs are from; None if they are a checkpoint's.
 
     Raises:
         ValueError, RuntimeError, OSError: for invalid input; nothing was changed.
     """
     _check_size(model_cfg, train_cfg)
     origin = origin or find_origin(options)
-    device, (before, unread) = origin.device(options.device), origin.call
-    options = recall(options, before)
+    device, (before, unread) = origin.device(options.device), origin.read_call()
+    anew, options = options.given, replace(options, given=recall(options, before))
+    if document is None:  # a checkpoint's config has the shares of its run
+        train_cfg, any_val = with_mix(train_cfg, anew), False
+    else:
+        train_cfg = with_mix(train_cfg, options.given)
+        any_val = may_choose_val(train_cfg, options.given, document, options.overrides)
     state, resumed = origin.state(model_cfg, train_cfg, device), origin.resumed
     state, corpus = _open_text(state, options, resumed, any_val=any_val)
     inherited = inherited_compile(resumed.environment, device) if resumed else None
@@ -99,7 +107,7 @@ def _open_text(
 
     With `any_val` that is the source of the resumed run, or else one that the text suggests.
     """
-    cfg, where = state.train_cfg, locate(options.places, write_cache=not options.dry_run)
+    cfg, where = state.train_cfg, locate(options.given, write_cache=not options.dry_run)
     if resumed is not None:
         where = as_recorded(where, resumed.sources)
         cfg = replace(cfg, val_source=resumed.val_source if any_val else cfg.val_source)

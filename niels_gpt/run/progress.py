@@ -14,6 +14,7 @@ from niels_gpt.eval import Scores
 from niels_gpt.run.metrics import MetricsFile
 from niels_gpt.run.plan import Plan
 from niels_gpt.state import TrainState
+from niels_gpt.units import clock
 
 
 class Console(Protocol):
@@ -80,6 +81,7 @@ class Reporter:
         self._start = self._last_time = time.monotonic()
         self._last_step = plan.state.step
         self._shown = 0.0
+        self.text_step: int | None = None  # after which a text was last asked for
 
     def on_step(self, step: int, lr: float, metrics: dict[str, Tensor]) -> None:
         """Refresh the live line at most twice a second, because on a GPU it waits for the step."""
@@ -90,7 +92,7 @@ class Reporter:
             left = (self._total - step) * self._batch_bytes / speed
             self._console.show(
                 f"step {step}/{self._total}  loss {metrics['loss'].item():.4f}  "
-                f"{_duration(left)} left  {speed:,.0f} bytes/s  lr {lr:.3g}"
+                f"{clock(left)} left  {speed:,.0f} bytes/s  lr {lr:.3g}"
             )
 
     def on_batch(self, step: int, done: int) -> None:
@@ -134,8 +136,8 @@ class Reporter:
     def closing(self, state: TrainState, scores: Scores, others: Mapping[str, float]) -> None:
         """Print a summary of the run; `others` are the final losses of the other sources."""
         say, now = self._console.say, time.monotonic() - self._start
-        in_all = f", {_duration(self._before + now)} in all" if self._before else ""
-        say(f"finished {state.step} steps in {_duration(now)}{in_all}")
+        in_all = f", {clock(self._before + now)} in all" if self._before else ""
+        say(f"finished {state.step} steps in {clock(now)}{in_all}")
         if self._losses:
             say(f"training loss: first logged {self._losses[0]:.4f}, last {self._losses[-1]:.4f}")
         if scores.val_loss is not None:
@@ -166,9 +168,3 @@ class Reporter:
 
 def _indented(text: str) -> list[str]:
     return [f"    {line}" for line in text.splitlines()]
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

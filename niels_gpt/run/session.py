@@ -41,7 +41,7 @@ def train(plan: Plan, options: TrainOptions, console: Console, stop: Stop) -> in
         state, scores, saved = loop.run(plan.state, plan.scores, ports)
         if saved:
             reporter.closing(state, scores, _score_others(state, plan.corpus, console, stop))
-            if options.sample and (not options.sample_every_eval or state.step == plan.state.step):
+            if options.sample and reporter.text_step != state.step:
                 show(state)
     except Stopped as stopped:
         console.warn(f"stopped by {stopped}; {folder.last_good()}")
@@ -63,6 +63,7 @@ def _show_text(reporter: Reporter, console: Console, stop: Stop, state: TrainSta
     """Print what the model writes; the state has been saved, so a signal may end this at once."""
     if not console.is_read:
         return
+    reporter.text_step = state.step
     with stop.immediately():
         try:
             text = excerpt(state)

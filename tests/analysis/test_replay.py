@@ -15,6 +15,7 @@ from niels_gpt.checkpoint import checkpoint_of, load_checkpoint, open_checkpoint
 from niels_gpt.cli import main
 from niels_gpt.config import OPTIMIZERS
 from niels_gpt.corpus import advance, next_batch, open_corpus
+from niels_gpt.data.sources import Given
 from niels_gpt.loss import gradients
 from niels_gpt.optim.clip import clip_by_global_norm
 from niels_gpt.optim.trees import global_norm, map_tensors
@@ -307,7 +308,7 @@ def test_a_step_of_an_extended_run_is_shown_under_the_later_config(run, again, n
 def opened(whole_run, texts):
     state = open_checkpoint(whole_run / "step_0000006.pt").state
     return state, open_corpus(
-        *state[-2:], locate({"wiki": texts / "wiki", "roam": texts / "notes"})
+        *state[-2:], locate(Given({"wiki": texts / "wiki", "roam": texts / "notes"}))
     )
 
 

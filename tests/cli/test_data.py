@@ -12,6 +12,7 @@ from niels_gpt.cli import main
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.corpus import open_corpus
 from niels_gpt.data import cache, wiki
+from niels_gpt.data.sources import Given
 from niels_gpt.files import mapped
 from niels_gpt.files.mapped import open_bytes
 from niels_gpt.step import batch_of_step
@@ -282,7 +283,7 @@ def test_samples_are_the_rows_of_the_training(niels, where, texts, tmp_path):
     args = ["--config", "c.json", *where, "--step", "4", "-n", "5"]
     rows = json.loads(niels("data", "sample", *args, "--json").stdout)
     model_cfg, train_cfg = ModelConfig(T=20, C=8, H=2), TrainConfig(B=6)
-    where = locate({"wiki": texts / "wiki", "roam": texts / "notes"})
+    where = locate(Given({"wiki": texts / "wiki", "roam": texts / "notes"}))
     corpus = open_corpus(model_cfg, train_cfg, where)
     x, y = batch_of_step(train_cfg.seed, 3, corpus.train, p=corpus.p, B=6, T=20)
     assert len(rows) == 5

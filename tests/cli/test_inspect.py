@@ -94,8 +94,8 @@ def test_without_notes_the_other_parts_are_told(niels, texts, tmp_path):
     where = ["--wiki", texts / "wiki"]
     args = ["--config", config, "--out", "out", "--set", "train.eval_steps=1", "--device", "cpu"]
     assert niels("train", *args, *where).exit_code == 0
-    given = ["inspect", "--ckpt", "out/latest.pt", *where, "--iterations", 2]
-    result = niels(*given)
+    given = ["inspect", "--ckpt", "out/latest.pt", *where]
+    result = niels(*given, "--iterations", 2)
     assert result.exit_code == 0, result.output
     assert "note: no documents: " in result.stderr
     assert "AdamW is stable up to lr" in result.stdout

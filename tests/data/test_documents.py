@@ -11,7 +11,7 @@ from niels_gpt.data import cache
 from niels_gpt.data.documents import Document, split_bytes, split_documents
 from niels_gpt.data.recipe import Reading
 from niels_gpt.data.roam import split_roam_paths
-from niels_gpt.data.sources import SOURCES
+from niels_gpt.data.sources import SOURCES, Given
 from niels_gpt.data.text import is_text
 from niels_gpt.streams import StreamBuildConfig, build_sources, describe_sources, locate
 
@@ -198,6 +198,6 @@ def test_lines_of_machine_data_can_be_left_out(tmp_path):
 def test_a_place_that_is_neither_file_nor_folder_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="this is a special file; it must be a file or a folder"):
-        locate({"text": (tmp_path / "pipe",)})
+        locate(Given({"text": (tmp_path / "pipe",)}))
     with pytest.raises(FileNotFoundError, match=r"--text .*gone: no such file or folder"):
-        locate({"text": (tmp_path, tmp_path / "gone")})
+        locate(Given({"text": (tmp_path, tmp_path / "gone")}))

@@ -5,7 +5,7 @@ import pytest
 from niels_gpt import paths
 from niels_gpt.config import SOURCE_NAMES
 from niels_gpt.data.recipe import Recipe, Unavailable
-from niels_gpt.data.sources import SOURCES, Source, option_of
+from niels_gpt.data.sources import SOURCES, Given, Source, option_of
 from niels_gpt.streams import StreamBuildConfig, build_sources, describe_sources, locate
 
 
@@ -46,9 +46,9 @@ def books(root, **changes):
 def test_an_entry_in_the_table_is_all_that_streams_need(root, monkeypatch):
     monkeypatch.setitem(SOURCES, "book", Source("FILE", "A book.", a_book, must_be="file"))
     (root / "book.txt").write_text("Call me Ishmael. " * 9)
-    found = locate({"book": root / "book.txt"})
+    found = locate(Given({"book": root / "book.txt"}))
     assert "book" in found.enabled_sources
-    assert "book" not in locate({}).enabled_sources
+    assert "book" not in locate(Given({})).enabled_sources
     train, val = books(root, places=found.places)
     assert train["book"] + val["book"] == (root / "book.txt").read_bytes()
     assert describe_sources(train)["book"].origin == "book"
@@ -56,7 +56,7 @@ def test_an_entry_in_the_table_is_all_that_streams_need(root, monkeypatch):
     with pytest.raises(RuntimeError, match="'book' cannot be built: no book was given"):
         books(root)
     with pytest.raises(FileNotFoundError, match=r"--book .*gone\.txt: no such file"):
-        locate({"book": root / "gone.txt"})
+        locate(Given({"book": root / "gone.txt"}))
 
 
 def recipe(origin, error="", **more):

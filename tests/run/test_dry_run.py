@@ -12,16 +12,18 @@ from hypothesis import strategies as st
 
 from niels_gpt import ModelConfig, TrainConfig
 from niels_gpt.config import OPTIMIZERS
-from niels_gpt.run.dry_run import costs, duration, estimate, size
+from niels_gpt.data.sources import Given
+from niels_gpt.run.dry_run import costs, estimate
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.plan import make_plan
+from niels_gpt.units import duration, size
 
 MODEL = ModelConfig(T=16, C=8, L=1, H=2, d_ff=8)
 
 
 def plan_of(texts, out, **train):
     places = {"wiki": texts / "wiki", "roam": texts / "notes"}
-    options = TrainOptions("-", places=places, out=out, dry_run=True)
+    options = TrainOptions("-", given=Given(places), out=out, dry_run=True)
     cfg = {"B": 2, "eval_steps": 2, **train}
     return make_plan(MODEL, TrainConfig(**cfg), options)
 

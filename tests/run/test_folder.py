@@ -122,6 +122,55 @@ def test_where_nothing_could_be_saved_the_line_resumes_from_what_there_is(
 
 
 @pytest.fixture
+def failing_once(monkeypatch):
+    """Let the save of best.pt after step 4 fail, of a run with these validation losses."""
+    losses, write = iter([5.0, 3.0, 4.0, 4.5]), run_folder.write_checkpoint
+
+    def full_once(paths, checkpoint):
+        if checkpoint.step == 4 and paths[0].name == "best.pt" and checkpoint.step not in failed:
+            failed.append(checkpoint.step)
+            raise OSError(28, "No space left on device", str(paths[0]))
+        return write(paths, checkpoint)
+
+    failed: list[int] = []
+    monkeypatch.setattr(run_folder, "write_checkpoint", full_once)
+    monkeypatch.setattr(session, "evaluate", lambda *args, **more: next(losses, 9.0))
+    return failed
+
+
+def test_a_best_that_could_not_be_saved_is_saved_with_the_next(train, failing_once, tmp_path):
+    result = train("--out", "a", ckpt_every=4)
+    assert result.exit_code == 0, result.output
+    assert failing_once == [4]
+    assert "SAVE FAILED after step 4" in result.stderr
+    assert "the next save will retry, but not step_0000004.pt" in result.stderr
+    best, latest = (open_checkpoint(tmp_path / "a" / f"{name}.pt") for name in ("best", "latest"))
+    assert (best.step, best.scores.best_val_loss) == (4, 3.0)
+    assert (latest.step, latest.scores.best_step) == (8, 4)
+
+
+def test_a_resume_in_its_folder_that_cannot_write_there_strands_nothing(
+    train, niels, monkeypatch, tmp_path
+):
+    """The metrics and the call of the run are there until new ones have replaced them."""
+    train("--out", "a", total_steps=4)
+    kept = {name: (tmp_path / "a" / name).read_bytes() for name in ("metrics.jsonl", ".run.json")}
+
+    def full(*args):
+        raise OSError(28, "No space left on device", "a")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("niels_gpt.run.metrics.MetricsFile.claim", full)
+        patch.setattr("niels_gpt.run.call.Call.write", full)
+        assert train("--resume", "a/step_0000002.pt").exit_code == 1
+    for name, data in kept.items():
+        assert (tmp_path / "a" / name).read_bytes() == data
+        assert (tmp_path / "a" / "earlier-001" / name).read_bytes() == data
+    resumed = niels("train", "--resume", "a/step_0000002.pt", "--set", "train.total_steps=3")
+    assert resumed.exit_code == 0, resumed.output
+
+
+@pytest.fixture
 def stopped(train, monkeypatch):
     """Run `train ARGS`, and send SIGTERM while it draws its third batch."""
 

@@ -8,6 +8,7 @@ import torch
 from niels_gpt.checkpoint import Ancestor, digest_of, load_checkpoint, open_checkpoint
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.corpus import advance, open_corpus
+from niels_gpt.data.sources import Given
 from niels_gpt.optim import optimizer_of
 from niels_gpt.state import TrainState, make_state, to_modules
 from niels_gpt.streams import locate
@@ -34,7 +35,7 @@ def test_a_run_begins_with_the_weights_at_step_0_with_a_new_optimizer(
     params = open_checkpoint(tmp_path / "a" / "latest.pt").params
     opt_state = optimizer_of(one.train_cfg).init(params)
     state = TrainState(params, opt_state, 0, one.model_cfg, one.train_cfg)
-    places = locate({"wiki": texts / "wiki", "roam": texts / "notes"})
+    places = locate(Given({"wiki": texts / "wiki", "roam": texts / "notes"}))
     expected, _ = advance(state, open_corpus(one.model_cfg, one.train_cfg, places))
     assert same_state(one, expected)
 

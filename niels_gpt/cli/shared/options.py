@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 from niels_gpt import paths
 from niels_gpt.cli.shared.output import console
 from niels_gpt.config import SECTIONS, known_configs, nearest
-from niels_gpt.data.sources import SOURCES, Places, option_of
+from niels_gpt.data.sources import SOURCES, Given, option_of
 from niels_gpt.files.names import TRAIN_FIRST, model_in
 from niels_gpt.mix import EXAMPLE, parse_mix
 
@@ -150,21 +150,23 @@ def ckpt_option(command: Command) -> Command:
 
 
 def source_options(command: Command) -> Command:
-    """Add an option for each source; the command gets the given ones as `places`."""
+    """Add an option for each source; the command gets what is given of the text as `given`."""
 
     @functools.wraps(command)
-    def with_places(**given: Any) -> Any:
-        named = {name: given.pop(name) for name in SOURCES}
-        places = Places({name: place for name, place in named.items() if place})
-        places.skip_machine_lines = given.pop("skip_machine_lines")
-        places.mix = given.pop("mix", None)
-        return command(places=places, **given)
+    def with_given(**options: Any) -> Any:
+        places = {name: options.pop(name) for name in SOURCES}
+        given = Given(
+            {name: place for name, place in places.items() if place},
+            options.pop("mix", None),
+            options.pop("skip_machine_lines"),
+        )
+        return command(given=given, **options)
 
     decorated: Command = click.option(
         "--skip-machine-lines/--keep-machine-lines",
         default=None,
         help="Leave out embedded pictures and the like in notes and text.",
-    )(with_places)
+    )(with_given)
     for name, source in reversed(SOURCES.items()):
         option = click.option(
             *dict.fromkeys([option_of(name), f"--{name}"]),
@@ -179,7 +181,7 @@ def source_options(command: Command) -> Command:
 
 
 def mix_option(command: Command) -> Command:
-    """Add --mix to a command with `source_options`, which gets it as `places.mix`."""
+    """Add --mix to a command with `source_options`, which gets it as `given.mix`."""
 
     def parse(ctx: click.Context, param: click.Parameter, text: str | None) -> Any:
         try:

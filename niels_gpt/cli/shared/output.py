@@ -4,8 +4,6 @@ Results go to stdout, messages to stderr. A live line is shown on stderr if it i
 """
 
 import contextlib
-import json
-import math
 import os
 import sys
 import threading
@@ -18,9 +16,10 @@ import click
 
 from niels_gpt.config import Problems
 from niels_gpt.device import share_processors
+from niels_gpt.files.strict_json import to_json
 
 TICK = 1.0  # seconds between two looks at a task, so that nothing is silent for three
-USER_ERRORS = (ValueError, OSError, RuntimeError)
+USER_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
 
 # Control characters that a terminal would obey (cursor, bell, title) are shown as U+FFFD; in a
 # line, so is what would begin another one.
@@ -177,21 +176,6 @@ class EnduringConsole(Console):
 console = Console()  # of this process
 
 
-def to_json(value: object) -> str:
-    """Encode named tuples, dicts and lists as JSON; non-finite numbers become null."""
-    return json.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _width(stream: TextIO) -> int:
     """Return the columns of a terminal; 80 if it does not tell."""
     with contextlib.suppress(OSError, ValueError):
@@ -289,6 +273,8 @@ def describe(error: BaseException | str) -> str:
     """Return the message of an error; for a system error with its path and errno."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror} (errno {error.errno})"
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {error}".removesuffix(": ")
     return str(error)
 
 
