@@ -580,6 +580,29 @@ def test_the_source_that_judges_is_kept_unless_it_is_the_one_that_files_without_
     assert checkpoint_of(random_state()).state.train_cfg.val_source == "wiki"
 
 
+def test_a_file_that_leaves_out_defaults_is_resumed_under_them():
+    state = random_state(ModelConfig(C=8, L=1, H=2, d_ff=8))
+    payload = payload_of(checkpoint_of(state))
+    payload["model_cfg"] = {"C": 8, "L": 1, "H": 2, "d_ff": 8}
+    opened = parse_payload(payload)
+    assert same_state(opened.state_under(state.model_cfg, state.train_cfg), state)
+
+
+def test_an_optimizer_that_keeps_nothing_is_said_to_start_from_zero():
+    model, optimizer = stepped(lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    opened = parse_payload(plain_payload(optimizer, model))
+    assert "the checkpoint has no optimizer state: it starts from zero" in opened.messages
+    assert not any(t.any() for t in opened.state_under(TINY, TrainConfig()).opt_state[0].values())
+
+
+def test_one_group_of_some_parameters_is_refused():
+    model, optimizer = stepped(
+        lambda m: torch.optim.AdamW([p for p in m.parameters() if p.ndim > 1])
+    )
+    with pytest.raises(CheckpointError, match="does not cover the model's parameters"):
+        parse_payload(plain_payload(optimizer, model)).state_under(TINY, TrainConfig())
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_several_parameter_groups_need_names(named):
     def make(model):
@@ -661,15 +684,18 @@ plain = st.recursive(
 )
 
 
-@given(optional_floats, optional_steps, optional_floats, optional_steps)
-def test_what_was_kept_comes_back(tmp_path, best, best_step, val, val_step):
+@given(
+    *(optional_floats, optional_steps, optional_floats, optional_steps),
+    *(st.sampled_from([None, SOURCES]), st.sampled_from([{}, ENVIRONMENT])),
+)
+def test_what_was_kept_comes_back(tmp_path, best, best_step, val, val_step, sources, environment):
     scores = Scores(best, best_step, val, val_step)
-    checkpoint = checkpoint_of(random_state(), scores, SOURCES, ENVIRONMENT)
+    checkpoint = checkpoint_of(random_state(), scores, sources, environment)
     digest = write_checkpoint([tmp_path / "a.pt"], checkpoint)
     opened = open_checkpoint(tmp_path / "a.pt")
     assert opened.scores == scores
-    assert opened.sources == SOURCES
-    assert opened.environment == ENVIRONMENT
+    assert opened.sources == sources
+    assert opened.environment == environment
     assert (opened.digest, opened.path) == (digest, tmp_path / "a.pt")
     assert write_checkpoint([tmp_path / "b.pt"], opened) == digest
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()

@@ -122,6 +122,11 @@ def test_the_mode_of_the_module_is_restored(training):
     assert {m.training for m in model.modules()} == {training}
 
 
+def test_an_evaluation_of_no_batches_is_refused():
+    with pytest.raises(ValueError, match="eval_steps=0 must be at least 1"):
+        of_module(GPT(SMALL), eval_steps=0)
+
+
 def test_a_stream_needs_one_byte_more_than_the_context():
     state = trained_state(**TRAIN)
     assert math.isfinite(evaluate(state, STREAM[:13], 0))

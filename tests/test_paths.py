@@ -69,7 +69,13 @@ def test_installed_the_home_variable_is_the_root(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "root"), [("", "work"), ("sub", "work/sub"), ("~/deep", "user/deep")]
+    ("value", "root"),
+    [
+        ("", "work"),
+        ("sub", "work/sub"),
+        ("~/deep", "user/deep"),
+        ("~no-such-user/x", "work/~no-such-user/x"),
+    ],
 )
 def test_installed_the_root_is_absolute(tmp_path, value, root):
     found = installed(tmp_path, NIELS_GPT_HOME=value, HOME=str(tmp_path / "user"))

@@ -200,6 +200,25 @@ def test_the_command_prints_a_row_for_each_rate_and_a_suggestion(run):
     assert lines[3].startswith("suggested: lr ")
 
 
+def test_the_picture_names_the_shares_that_were_trained_on(run, monkeypatch):
+    from niels_gpt.analysis import plot
+
+    titles = []
+    monkeypatch.setattr(sweep, "draw", lambda found, title: titles.append(title))
+    monkeypatch.setattr(plot, "check_pictures", lambda paths: None)
+    monkeypatch.setattr(plot, "save_figure", lambda figure, paths: figure())
+    result = run("--lr", "1e-3", "--mix", "wiki=0.1,roam=0.9", "--picture", "a.svg")
+    assert result.exit_code == 0, result.output
+    assert "roam 90%, wiki 10%" in " ".join(titles[0])
+
+
+@pytest.mark.parametrize("memory", ["inf", "nan", "-1"])
+def test_a_memory_that_is_no_number_of_bytes_is_refused(run, memory):
+    result = run("--lr", "1e-3", "--memory", memory)
+    assert result.exit_code == 2
+    assert "Invalid value for '--memory'" in result.stderr
+
+
 def test_solo_and_together_agree(run):
     found = []
     for way in (["--together"], ["--solo"]):

@@ -315,6 +315,21 @@ def test_a_place_that_cannot_be_written_is_told_and_the_chat_goes_on(tmp_path):
     assert len(chat.messages) == 2
 
 
+@pytest.mark.parametrize("name", ["~no-such-user/talk.txt", "a\0b"])
+def test_a_name_that_is_none_is_told_and_the_chat_goes_on(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    chat, _, notes = talk(f"/save {name}", "Hi")
+    assert notes[0].startswith("not saved: ")
+    assert len(chat.messages) == 2
+
+
+def test_an_empty_reply_is_saved_as_one(tmp_path):
+    chat = new_chat(None, 3)._replace(messages=(turn("user", "Hi"), turn("assistant", "")))
+    _, told = obey(chat, f"/save {tmp_path / 'a.txt'}")
+    assert told.startswith("saved 2 messages")
+    assert (tmp_path / "a.txt").read_text() == "user: Hi\nassistant: \n"
+
+
 # --- settings, and a reply that is stopped -----------------------------------------------------
 
 

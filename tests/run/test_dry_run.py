@@ -89,6 +89,22 @@ def test_a_resumed_run_costs_what_is_left(texts, tmp_path):
     assert (costs(done)["steps"], costs(done)["evaluations"], costs(done)["seconds"]) == (0, 0, 0)
 
 
+def test_a_resumed_run_adds_the_files_that_are_not_there(texts, niels, tmp_path):
+    config, out = tmp_path / "c.json", tmp_path / "out"
+    model = {"T": 16, "C": 8, "L": 1, "H": 2, "d_ff": 8}
+    train = {"B": 2, "eval_steps": 2, "total_steps": 4, "ckpt_every": 1, "eval_every": 9}
+    config.write_text(json.dumps({"model": model, "train": train}))
+    where = ["--wiki", texts / "wiki", "--roam", texts / "notes"]
+    assert niels("train", "--config", config, *where, "--out", out).exit_code == 0
+    there = len([*out.glob("*.pt")])
+    more = ["--resume", out / "latest.pt", "--set", "train.total_steps=6"]
+    for elsewhere, new in ([], 2), (["--out", tmp_path / "b"], 4):
+        said = niels("train", *more, *elsewhere, "--dry-run", "--json")
+        assert json.loads(said.stdout)["checkpoint_files"] == new
+    assert niels("train", *more).exit_code == 0
+    assert len([*out.glob("*.pt")]) == there + 2
+
+
 def test_estimating_writes_nothing_and_leaves_the_state_alone(texts, tmp_path):
     plan = plan_of(texts, tmp_path / "a" / "b")
     before = {name: p.clone() for name, p in plan.state.params.items()}

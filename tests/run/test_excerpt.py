@@ -36,6 +36,20 @@ def test_samples_change_no_bit_of_a_run(train, tmp_path):
     assert resumed.stdout.count("what the model writes after step 8:") == 1
 
 
+def test_an_evaluation_that_is_made_up_shows_one_text(train, tmp_path, monkeypatch):
+    def stopped(*args, **more):
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("went on")
+
+    train("--out", "a", total_steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "evaluate", stopped)
+        assert train("--resume", "a/latest.pt", total_steps=6).exit_code == 130
+    assert open_checkpoint(tmp_path / "a" / "latest.pt").step == 6
+    result = train("--resume", "a/latest.pt", "--sample-every-eval", total_steps=6)
+    assert result.stdout.count("what the model writes after step 6:") == 1
+
+
 def test_nothing_is_read_or_changed_but_the_state():
     state = lively_state()
     threads, generator = torch.get_num_threads(), torch.get_rng_state()
