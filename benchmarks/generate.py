@@ -9,6 +9,7 @@ python -m benchmarks.generate --batch 64 -n 252 --only cached --only drawn
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -107,7 +108,7 @@ def main(
                 side()
                 seconds[name].append(clock() - started)
     click.echo(", ".join(f"{key} {value}" for key, value in describe_machine().items()))
-    median = {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
+    median = {name: statistics.median(values) for name, values in seconds.items()}
     for name, value in median.items():
         rate = batch * n / value
         ratio = value / next(iter(median.values()))

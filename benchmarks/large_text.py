@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -81,10 +82,11 @@ def lay_out(home: Path, wiki: Path, size: int, *, is_sparse: bool) -> None:
     folder = home / "data" / "wiki"
     folder.mkdir(parents=True)
     (folder / "val.txt").write_bytes((wiki / "val.txt").read_bytes())
-    text = (wiki / "train.txt").read_bytes()
-    with (folder / "train.txt").open("wb") as file:
-        while not is_sparse and file.tell() + len(text) <= size:
-            file.write(text)
+    with (wiki / "train.txt").open("rb") as text, (folder / "train.txt").open("wb") as file:
+        length = os.fstat(text.fileno()).st_size
+        while not is_sparse and 0 < file.tell() + length <= size:
+            text.seek(0)  # in parts: this process's peak is a floor of that of its children
+            shutil.copyfileobj(text, file)
         file.truncate(size)
 
 

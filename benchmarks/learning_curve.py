@@ -3,9 +3,9 @@
     python -m benchmarks.learning_curve --config configs/smoke.json --wiki DIR --roam DIR \
         --steps 400 --seed 42 --out curve.jsonl
 
-Each line holds step, val_wiki_loss (nats), train_loss (of that step's batch), lr and seconds. The
-learning rate follows the config's `total_steps` even when the run stops earlier, so that curves
-compare step by step.
+Each line holds step, val_wiki_loss (nats; by the source that the config judges by), train_loss (of
+that step's batch), lr and seconds. The learning rate follows the config's `total_steps` even when
+the run stops earlier, so that curves compare step by step.
 """
 
 from __future__ import annotations
@@ -23,17 +23,15 @@ from torch import Tensor
 from benchmarks.imperative import ImperativeGPT, cross_entropy, imperative_step, make_optimizer
 from niels_gpt.batching import get_batch
 from niels_gpt.config import ModelConfig, TrainConfig, load_config_from_json
-from niels_gpt.lr_schedule import lr_at_step
-from niels_gpt.streams import StreamBuildConfig, build_train_val_sources
-
-Sources = dict[str, bytes]
+from niels_gpt.corpus import Corpus, open_corpus
+from niels_gpt.lr_schedule import lr_of_step
+from niels_gpt.streams import StreamBuildConfig
 
 
 def learning_curve(
     model_cfg: ModelConfig,
     cfg: TrainConfig,
-    train: Sources,
-    val_wiki: bytes,
+    corpus: Corpus,
     *,
     steps: int,
 ) -> Iterator[dict[str, float]]:
@@ -44,22 +42,18 @@ def learning_curve(
     batches = torch.Generator().manual_seed(cfg.seed)
     started = time.perf_counter()
     for step in range(steps):
-        lr = lr_at_step(
-            step,
-            cfg.total_steps,
-            base_lr=cfg.base_lr,
-            warmup_steps=cfg.warmup_steps,
-            min_lr=cfg.min_lr,
-        )
+        lr = lr_of_step(step, cfg)
         x, y = get_batch(
-            train, p=cfg.p_train, B=cfg.B, T=model_cfg.T, device="cpu", generator=batches
+            corpus.train, p=corpus.p, B=cfg.B, T=model_cfg.T, device="cpu", generator=batches
         )
         loss = imperative_step(model, optimizer, x, y, lr=lr, grad_clip=cfg.grad_clip)
         done = step + 1
         if done % cfg.eval_every == 0 or done == steps:
             yield {
                 "step": done,
-                "val_wiki_loss": validation_loss(model, val_wiki, cfg, T=model_cfg.T),
+                f"val_{corpus.val_source}_loss": validation_loss(
+                    model, corpus.validation, cfg, T=model_cfg.T
+                ),
                 "train_loss": loss.item(),
                 "lr": lr,
                 "seconds": round(time.perf_counter() - started, 1),
@@ -98,8 +92,7 @@ def main(
     model_cfg, cfg = load_config_from_json(config)
     cfg = replace(cfg, seed=seed)
     folders = StreamBuildConfig(places={"wiki": wiki, **({"roam": roam} if roam else {})})
-    train, val = build_train_val_sources(model_cfg, cfg, build_cfg=folders)
-    curve = learning_curve(model_cfg, cfg, train, val["wiki"], steps=steps)
+    curve = learning_curve(model_cfg, cfg, open_corpus(model_cfg, cfg, folders), steps=steps)
     with out.open("w", encoding="utf-8") as file:
         for record in curve:
             line = json.dumps(record)

@@ -1,6 +1,6 @@
 """Check whether two checkouts train to the same bytes: `python -m benchmarks.same_run OTHER`.
 
-Both make the same few short runs, each from its own cold cache of text: with dropout, killed and
+Both make the same few short runs, of text that both build anew: with dropout, killed and
 resumed, with the default model, compiled. Every checkpoint must be equal byte for byte, as must
 `metrics.jsonl` except for its clock fields. Then this checkout resumes a checkpoint of the other.
 """
@@ -86,6 +86,9 @@ def main(other: Path, wiki: Path | None, roam: Path | None) -> None:
     places = {"--wiki": wiki, "--roam": roam, "--primer": REPO_ROOT / "data" / "primer.txt"}
     text = [w for name, place in places.items() if place for w in (name, place.resolve())]
     different = 0
+    for checkout in (REPO_ROOT, other.resolve()):
+        words = [sys.executable, "-m", "niels_gpt", "data", "build", "--rebuild", *map(str, text)]
+        run(checkout, words, Path())
     with tempfile.TemporaryDirectory() as temporary:
         for name, (config, settings, flag, kill) in RUNS.items():
             both = []

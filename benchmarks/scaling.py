@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from niels_gpt.analysis.scaling import (
+    SHORTEST,
     Law,
     Text,
     base_lr,
@@ -48,7 +49,6 @@ STARTS = ((0.2, 0.4, 1.0, 0.4), (0.9, 0.1, 0.3, 0.9))  # of the search: A, a, B,
 ES = (1.0, 0.8, 1.1)  # assumed, see docs/results.md; the first is the law's
 DRAWS = 12  # of the bootstrap
 ROWS = 8  # of a batch
-FEWEST_STEPS = 512  # in shorter runs seeds differ too much, and the rate decides
 HUBER = 1e-3  # of the residuals of log L, as Hoffmann et al.
 
 Record = dict[str, Any]
@@ -100,7 +100,7 @@ def grid() -> list[Run]:
     seeds = [run(32, 2, n, seed=seed) for n in (1, 4) for seed in (43, 44, 45, 46)]
     sizes = ((32, 2, 2**16), (64, 2, 2**16), (64, 2, 2**18), (96, 3, 2**17))
     again = [run(C, L, 4, unique=unique) for C, L, unique in sizes]
-    first = [run for run in fresh if run.steps >= 512 and cost(run) < 5e12]
+    first = [run for run in fresh if run.steps >= SHORTEST and cost(run) < 5e12]
     return list(dict.fromkeys([*sorted(first, key=cost), *seeds, *again, *sorted(fresh, key=cost)]))
 
 
@@ -181,7 +181,7 @@ def points_of(records: Iterable[Record]) -> list[Point]:
     """
     best: dict[tuple[Any, ...], Point] = {}
     for r in records:
-        if r["B"] == ROWS and r["steps"] >= FEWEST_STEPS and r["unique"] is None:
+        if r["B"] == ROWS and r["steps"] >= SHORTEST and r["unique"] is None:
             point, key = Point(r["N"], r["bytes"], r["val_nats"]), (r["C"], r["steps"], r["seed"])
             best[key] = min(point, best.get(key, point), key=lambda p: p.nats)
     return list(best.values())

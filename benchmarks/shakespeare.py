@@ -23,7 +23,8 @@ import click
 from niels_gpt.files.names import METRICS
 
 MODEL = {"T": 64, "C": 128, "L": 4, "H": 4, "d_ff": 512, "dropout": 0.0}
-COMMON = {"eval_steps": 100, "grad_clip": 1.0, "weight_decay": 0.1, "p_train": {"wiki": 1.0}}
+EVAL_ROWS = 1200
+COMMON = {"grad_clip": 1.0, "weight_decay": 0.1, "p_train": {"wiki": 1.0}}
 RECIPE = {"B": 12, "total_steps": 2000, "base_lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 100}
 OURS = {"optimizer": "muon", "init": "fan_in", "min_lr": 0.0, "lr_decay": "linear"}
 RATES = {"a quarter of its time": 0.016, "all of its time": 0.01}
@@ -31,8 +32,9 @@ RATES = {"a quarter of its time": 0.016, "all of its time": 0.01}
 
 def write_config(path: Path, train: dict[str, Any]) -> Path:
     """Write a config of the network; it is evaluated in the middle and at the end."""
-    every = {"eval_every": train["total_steps"] // 2, "ckpt_every": train["total_steps"]}
-    config = {"model": MODEL, "train": {**COMMON, **every, **train}}
+    total = train["total_steps"]
+    every = {"eval_every": -(-total // 2), "eval_steps": EVAL_ROWS // train["B"]}
+    config = {"model": MODEL, "train": {**COMMON, **every, "ckpt_every": total, **train}}
     path.write_text(json.dumps(config), encoding="utf-8")
     return path
 

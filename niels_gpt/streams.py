@@ -217,10 +217,11 @@ def _long_enough(
         return train, val
     if required:
         raise ValueError(f"source {source!r}, {short}")
-    messages.append(
-        f"{source}: its validation split has {len(val.stream)} bytes, fewer than "
-        f"T+1={cfg.T + 1}, so it is used for training only"
-    )
+    if cfg.T:  # else nothing is trained
+        messages.append(
+            f"{source}: its validation split has {len(val.stream)} bytes, fewer than "
+            f"T+1={cfg.T + 1}, so it is used for training only"
+        )
     return train, None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from benchmarks.sides import side_of
 from benchmarks.timing import median_seconds
 from niels_gpt import evaluate, make_state, train_step
 from niels_gpt.config import ModelConfig, TrainConfig
+from niels_gpt.corpus import Corpus
 from niels_gpt.loss import forward
+from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.paths import REPO_ROOT
 from niels_gpt.state import TrainState
 
@@ -73,9 +76,12 @@ def test_dropout_of_the_yardstick_acts_in_training_only():
 
 
 def test_learning_curve_reports_each_evaluation_and_the_last_step():
-    sources = {"wiki": TEXT, "roam": TEXT, "primer": TEXT}
-    records = list(learning_curve(MODEL, TRAIN, sources, TEXT, steps=5))
+    cfg = replace(TRAIN, lr_decay="linear", total_steps=5, warmup_steps=0, min_lr=0.0)
+    text = {"wiki": TEXT}  # the other sources of the config are not there
+    corpus = Corpus(text, text, {"wiki": 1.0}, cfg.seed, cfg.B, MODEL.T)
+    records = list(learning_curve(MODEL, cfg, corpus, steps=5))
     assert [r["step"] for r in records] == [2, 4, 5]
+    assert [r["lr"] for r in records] == [lr_of_step(r["step"] - 1, cfg) for r in records]
     assert all(4.0 < r["val_wiki_loss"] < 7.0 for r in records)
 
 

@@ -839,9 +839,12 @@ def test_a_missing_source_that_is_allowed_is_left_out_with_the_reason(home, loss
 
 def test_a_file_that_cannot_be_read_is_a_reason_too(home, monkeypatch):
     def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
+        if path.name == "primer.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
 
-    monkeypatch.setattr(primer, "load_primer_text", refuse)
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(RuntimeError, match=r"'primer' cannot .*denied: '.*primer\.txt'"):
         build_sources(config(home))
     assert "denied" in build_sources(config(home, allow_missing_sources=True))[0].missing["primer"]

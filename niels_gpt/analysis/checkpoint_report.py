@@ -10,6 +10,7 @@ from niels_gpt.config import dotted
 from niels_gpt.files.names import checkpoint_files
 from niels_gpt.inference.export import read_export
 from niels_gpt.model.flops import parameter_count
+from niels_gpt.optim.trees import same_bits
 
 MISSING = "(absent)"
 
@@ -98,12 +99,12 @@ def compare(a: Checkpoint, b: Checkpoint) -> Comparison:
     shapes, others = ({name: p.shape for name, p in c.params.items()} for c in (a, b))
     common = [name for name in shapes if shapes[name] == others.get(name)]
     unlike = [name for name in {**shapes, **others} if name not in common]
-    changes = [_change(name, a.params[name], b.params[name]) for name in common]
-    moved = [change for change in changes if change.largest > 0]
+    pairs = {name: (a.params[name], b.params[name]) for name in common}
+    moved = [_change(name, *pair) for name, pair in pairs.items() if not same_bits(*pair)]
     return Comparison(
         settings=[*_different_settings(a, b)],
         parameters=sorted(moved, key=lambda change: (-change.relative, change.name)),
-        same=len(changes) - len(moved),
+        same=len(pairs) - len(moved),
         unlike=unlike,
     )
 

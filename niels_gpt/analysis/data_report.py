@@ -54,7 +54,10 @@ def _look(name: str, cfg: StreamBuildConfig) -> Source:
         return Source(name, problem, "", "", None, {}, left_out, [], train.messages + others)
     _, info, recipe, report, unread = train.built[name]
     assert recipe is not None
-    read = len(recipe.inputs["files"]) - len(unread) if "files" in recipe.inputs else None
+    skipped = streams.remarks(report, "skipped")
+    read = None
+    if "files" in recipe.inputs:
+        read = len(recipe.inputs["files"]) - len(unread) - len(skipped)
     splits = {
         split: _split(cfg, name, split, sources.built[name])
         for split, sources in zip(streams.SPLITS, (train, val), strict=True)
@@ -67,7 +70,7 @@ def _look(name: str, cfg: StreamBuildConfig) -> Source:
         place=info.place,
         files=read,
         splits=splits,
-        left_out=[*left_out, *unread, *streams.remarks(report, "skipped")],
+        left_out=[*left_out, *recipe.left_out, *unread, *skipped],
         altered=streams.remarks(report, "altered"),
         messages=train.messages + others,
     )

@@ -14,6 +14,7 @@ import torch
 from niels_gpt.analysis.noise import OnProgress
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.data.documents import read_documents
+from niels_gpt.data.recipe import Reading, Unavailable
 from niels_gpt.data.roam import read_notes
 from niels_gpt.eval import eval_batches
 from niels_gpt.loss import Batch, gradients, row_slopes
@@ -141,13 +142,20 @@ def training_documents(
     if train_cfg.p_train.get("text") or "text" in cfg.places:
         found += read_documents(reading("text", cfg))
     if train_cfg.p_train.get("roam") or not found:
-        how = reading("roam", cfg)
-        notes, root = read_notes(how).train, os.path.abspath(how.place)
-        found += [(os.path.relpath(path, root), text) for path, text in notes]
+        try:
+            found += _notes(reading("roam", cfg))
+        except Unavailable:  # a run goes without notes that are not there
+            if not found or "roam" in cfg.places:
+                raise
     found = [document for document in found if len(document[1]) >= max(2, min_bytes)]
     if not found:
         raise ValueError(f"no note or file has {min_bytes} bytes or more")
     return found
+
+
+def _notes(how: Reading) -> list[tuple[str, bytes]]:
+    root = os.path.abspath(how.place)
+    return [(os.path.relpath(path, root), text) for path, text in read_notes(how).train]
 
 
 def cut(text: bytes, T: int, windows: int) -> list[bytes]:

@@ -141,11 +141,13 @@ def _jackknife(without: Sequence[tuple[float, float]]) -> tuple[float, float, fl
 def _ratio_interval(
     a: float, b: float, var_a: float, var_b: float, cov: float
 ) -> tuple[float, float]:
-    """Return the r >= 0 with (a - r b)^2 <= Z95^2 var(a - r b)."""
+    """Return the smallest interval of all r >= 0 with (a - r b)^2 <= Z95^2 var(a - r b)."""
     z = Z95**2
     A, half_B, C = b * b - z * var_b, a * b - z * cov, a * a - z * var_a
     root = half_B * half_B - A * C
     if A <= 0 and root <= 0:
         return 0.0, math.inf
     ends = sorted((half_B + sign * math.sqrt(max(root, 0.0))) / A for sign in (-1, 1))
-    return (max(0.0, ends[0]), ends[1]) if A > 0 else (max(0.0, ends[1]), math.inf)
+    if A > 0:
+        return max(0.0, ends[0]), ends[1]
+    return 0.0 if ends[0] > 0 else max(0.0, ends[1]), math.inf  # all but what is between the ends

@@ -10,6 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, starmap
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -191,17 +192,22 @@ def table(runs: Sequence[Curves], x: str) -> list[str]:
     head = f"{X_AXES[x].label:>14}  {'lr':>9}  {'train nats':>10}  {'val nats':>8}  {'val bits':>8}"
     lines = []
     for run in runs:
-        lines += [f"{run.label}", head, *(_row(*row) for row in rows(run)), ""]
+        columns = [f"  {f'{source} nats':>12}" for source in run.others]
+        lines += [run.label, head + "".join(columns), *starmap(_row, rows(run)), ""]
     return lines[:-1]
 
 
-def rows(run: Curves) -> list[tuple[float, float | None, float | None, float | None]]:
-    """Return (x, lr, training loss, validation loss) sorted by x, None if not recorded."""
-    lr, train, val = dict(run.lr), dict(run.train), dict(run.val)
-    return [(x, lr.get(x), train.get(x), val.get(x)) for x in sorted({*lr, *train, *val})]
+def rows(run: Curves) -> list[tuple[float, list[float | None]]]:
+    """Return x, and learning rate, training loss, validation loss and those of other sources.
+
+    Sorted by x; None is what is not recorded.
+    """
+    series = [dict(points) for points in (run.lr, run.train, run.val, *run.others.values())]
+    return [(x, [known.get(x) for known in series]) for x in sorted({*chain(*series)})]
 
 
-def _row(x: float, lr: float | None, train: float | None, val: float | None) -> str:
+def _row(x: float, values: list[float | None]) -> str:
+    lr, train, val, *others = values
     place = f"{x:14,.0f}" if x == int(x) else f"{x:14,.3f}"
     cells = [
         f"{'' if value is None else format(value, spec):>{width}}"
@@ -210,6 +216,7 @@ def _row(x: float, lr: float | None, train: float | None, val: float | None) -> 
             (train, ".4f", 10),
             (val, ".4f", 8),
             (None if val is None else val / math.log(2), ".4f", 8),
+            *((other, ".4f", 12) for other in others),
         )
     ]
     return "  ".join([place, *cells]).rstrip()

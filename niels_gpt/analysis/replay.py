@@ -24,7 +24,7 @@ from niels_gpt.loss import gradients, row_blocks, row_losses
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.model.gpt import without_storage
 from niels_gpt.optim.clip import clip_by_global_norm
-from niels_gpt.optim.trees import Tree, bits
+from niels_gpt.optim.trees import Tree, bits, same_bits
 from niels_gpt.run.compile import compile_step
 from niels_gpt.run.metrics import Record, damage_in, read_metrics
 from niels_gpt.run.plan import data_changes, describe_environment, environment_changes
@@ -61,7 +61,7 @@ def differences(here: TrainState, there: TrainState) -> list[Difference]:
         _difference(f"{kind} {name}", a, others[kind][name])
         for kind, tree in here.trees().items()
         for name, a in tree.items()
-        if not torch.equal(bits(a), bits(others[kind][name]))
+        if not same_bits(a, others[kind][name])
     ]
 
 
@@ -193,7 +193,7 @@ def replay_files(
         raise ValueError(f"{start} is after {end}: step {state.step}, not before {last.step}")
     between = {
         step: path
-        for folder in {end.parent, *([start.parent] if start and not begin else [])}
+        for folder in (*([start.parent] if start and not begin else []), end.parent)
         for step, path in periodic_files(folder).items()
         if state.step < step < last.step
     }
@@ -388,7 +388,7 @@ def _around(folder: Path, step: int) -> tuple[Checkpoint | None, Checkpoint]:
     """
     steps = {path: number for number, path in periodic_files(folder).items()}
     opened: dict[Path, Checkpoint] = {}  # their names do not give a step
-    for path in {folder / LATEST, folder / BEST} & set(checkpoint_files(folder)):
+    for path in (path for path in checkpoint_files(folder) if path.name in (LATEST, BEST)):
         with contextlib.suppress(CheckpointError):
             opened[path] = read_checkpoint(path)
             steps[path] = opened[path].step

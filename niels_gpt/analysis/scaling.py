@@ -54,6 +54,7 @@ DRAWN = (  # fits to draws of the runs with replacement, E one of three: how far
     Law(E=1.1, A=0.1262, a=0.3697, B=0.4344, b=0.3521),
 )
 LARGEST = (3_155_456, 16_777_216)  # N and D of the runs
+SHORTEST = 512  # steps of the runs: in fewer, seeds differ too much, and the rate decides
 NOISE = 0.02  # nats, about what seeds and the law leave
 
 
@@ -95,8 +96,15 @@ def expect(cfg: ModelConfig, D: float, texts: Mapping[str, Text]) -> Expected:
     return Expected(nats[0], min(nats) - 2 * NOISE, max(nats) + 2 * NOISE)
 
 
-def beyond_the_runs(cfg: ModelConfig, D: float) -> list[str]:
-    """Return a message if a run is more than ten times beyond those that the law was fitted to."""
+def beyond_the_runs(cfg: ModelConfig, D: float, steps: int) -> list[str]:
+    """Return a message if a run has fewer steps than those that the law was fitted to, or is large.
+
+    That is more than ten times the largest of them.
+    """
+    if steps < SHORTEST:
+        return [
+            f"the law was fitted to runs of {SHORTEST} steps and more: this one may end above it"
+        ]
     ratio = max(matrix_count(cfg) / LARGEST[0], D / LARGEST[1])
     if ratio <= 10:
         return []

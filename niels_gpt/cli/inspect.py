@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -276,9 +277,9 @@ def _worth_lines(worth: Sequence[Influence], state: TrainState, top: int) -> lis
 
 
 def _summary(worth: Sequence[Influence]) -> list[str]:
-    values = sorted(d.value for d in worth)
-    hurting = sum(value < 0 for value in values)
-    return [f"  {hurting} of {len(values)} hurt; the median is {values[len(values) // 2]:+.3f}"]
+    values = [d.value for d in worth]
+    hurting, median = sum(value < 0 for value in values), statistics.median(values)
+    return [f"  {hurting} of {len(values)} hurt; the median is {median:+.3f}"]
 
 
 def _worth_line(document: Influence) -> str:

@@ -45,7 +45,7 @@ class Document(NamedTuple):
 
 def recipes(how: Reading) -> list[Recipe]:
     """Make each file a document, of a folder each one that holds text."""
-    files, where, messages = _look(how)
+    files, where, left_out = _look(how)
     inputs = {
         "builder": BUILDER,
         "files": [_stamp(file) for file in files.values()],
@@ -55,7 +55,8 @@ def recipes(how: Reading) -> list[Recipe]:
         "skip_machine_lines": how.skip_machine_lines,
     }
     origin = "text" + WITHOUT_MACHINE_LINES * how.skip_machine_lines
-    return [Recipe(origin, where, inputs, lambda: _build(files, how), messages)]
+    told = tell("left out", left_out)
+    return [Recipe(origin, where, inputs, lambda: _build(files, how), told, left_out=left_out)]
 
 
 def read_documents(how: Reading) -> list[Document]:
@@ -68,17 +69,17 @@ def read_documents(how: Reading) -> list[Document]:
     return _read(files, how)[1]
 
 
-def _look(how: Reading) -> tuple[dict[Path, File], str, list[str]]:
-    """Return the files, the places where they are, and messages about what is left out."""
+def _look(how: Reading) -> tuple[dict[Path, File], str, list[Remark]]:
+    """Return the files, the places where they are, and what is left out."""
     places = [Path(os.path.abspath(place)) for place in (how.place, *how.more) if str(place)]
     if not places:
         raise Unavailable("no text was given with --text")
     left_out: list[Remark] = []
     files = {file.path: file for file in _find(places, left_out)}
-    where, messages = ", ".join(map(str, places)), tell("left out", left_out)
+    where = ", ".join(map(str, places))
     if not files:
-        raise Unavailable("; ".join([f"no files in {where}", *messages]))
-    return files, where, messages
+        raise Unavailable("; ".join([f"no files in {where}", *tell("left out", left_out)]))
+    return files, where, left_out
 
 
 def _find(places: list[Path], left_out: list[Remark]) -> Iterator[File]:

@@ -20,10 +20,10 @@ def recipes(how: Reading) -> list[Recipe]:
         raise Unavailable(f"no primer file at {path}")
 
     def build() -> Made:
+        text, problem = decode(path.read_bytes())
         train, val = split_primer_dialogues(
-            load_primer_text(path), val_frac=how.val_frac, seed=how.seed, delimiter=how.separator
+            text, val_frac=how.val_frac, seed=how.seed, delimiter=how.separator
         )
-        _, problem = decode(path.read_bytes())
         altered = [Remark(str(path), problem)] if problem else []
         counts = (train.count(how.separator) + 1, val.count(how.separator) + bool(val))
         return Made(to_bytes(train), to_bytes(val), counts, altered)

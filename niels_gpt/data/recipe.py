@@ -90,6 +90,7 @@ class Recipe(NamedTuple):
     build: Callable[[], Made | tuple[Text, Text]]  # a plain tuple: train and val
     messages: Sequence[str] = ()  # for the user
     remedy: str = ""  # what the user can do if it is unavailable
+    left_out: Sequence[Remark] = ()  # files and folders that are not read
     spares: str = ""  # origin of a cached stream that this one must not replace
 
 

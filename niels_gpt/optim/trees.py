@@ -35,6 +35,11 @@ def bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.int32)
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Return whether two float32 tensors of one shape have the same bits."""
+    return torch.equal(bits(a), bits(b))
+
+
 def tree_difference(a: Tree, b: Tree) -> Tensor:
     """Return the largest difference, relative to the largest element of each tensor of a, 0-d.
 

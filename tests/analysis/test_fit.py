@@ -159,6 +159,13 @@ def test_text_that_is_read_too_often_is_told_and_enough_text_is_not():
     assert not any("too small" in line for line in fit.warnings_of(chosen(600), ENDLESS))
 
 
+def test_a_run_shorter_than_those_of_the_law_is_told():
+    long = chosen(600)
+    for choice, told in (long, 0), (long._replace(steps=scaling.SHORTEST - 1), 1):
+        lines = fit.warnings_of(choice, ENDLESS)
+        assert sum("a shorter one may end above it" in line for line in lines) == told
+
+
 def test_other_text_than_that_of_the_law_is_told():
     notes = {"roam": Text(1.0, 10**9)}
     assert any("other text" in line for line in fit.warnings_of(chosen(600, texts=notes), notes))

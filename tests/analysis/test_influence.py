@@ -149,6 +149,17 @@ def test_documents_are_those_of_the_sources_that_the_run_was_on(texts):
     assert both == alone + notes
 
 
+def test_a_run_goes_without_notes_that_are_not_there(texts, tmp_path):
+    """As of the default mix, where the user gave a text."""
+    novels = (texts / "wiki" / "train.txt",)
+    cfg = StreamBuildConfig(roam_root=tmp_path / "gone", places={"text": novels})
+    found = influence.training_documents(cfg, TrainConfig())
+    assert [name for name, _ in found] == ["train.txt"]
+    for places in ({}, {**cfg.places, "roam": tmp_path / "gone"}):
+        with pytest.raises(RuntimeError, match="no notes"):
+            influence.training_documents(replace(cfg, places=places), TrainConfig())
+
+
 def test_nothing_is_changed(state):
     before = copy_of(state)
     v, _ = influence.validation_gradient(state, STREAM, 1)

@@ -76,6 +76,11 @@ def test_the_interval_covers_a_known_noise_scale_about_95_times_in_100():
     assert 9.5 < sorted(middle)[100] < 10.5
 
 
+def test_where_both_small_and_large_ratios_are_possible_the_interval_has_them():
+    """Fieller's set is then all but a stretch of positive ratios: it begins at 0."""
+    assert noise._ratio_interval(1.0, 1.0, 0.3, 0.3, 0.29) == (0.0, math.inf)
+
+
 def test_pure_noise_has_no_upper_end():
     g = torch.randn(64, 40, generator=torch.Generator().manual_seed(1))
     found = noise.noise_scale(*products_of(g))

@@ -86,10 +86,20 @@ def test_the_table_has_every_point_once_in_order(trained, evaluated):
     records += [eval_record(s, loss=s / 11) for s in evaluated]
     run = curves(records, "steps", "run")
     found = rows(run)
-    assert [row[0] for row in found] == sorted(trained | evaluated)
-    assert {row[0] for row in found if row[2] is not None} == trained
-    assert {row[0]: row[3] for row in found if row[3] is not None} == {s: s / 11 for s in evaluated}
+    assert [x for x, _ in found] == sorted(trained | evaluated)
+    assert {x for x, (_, loss, _) in found if loss is not None} == trained
+    seen = {x: loss for x, (_, _, loss) in found if loss is not None}
+    assert seen == {s: s / 11 for s in evaluated}
     assert len(table([run], "steps")) == 2 + len(found)
+
+
+def test_the_table_has_the_losses_of_the_source_that_judged_before():
+    """A run that was resumed with another `val_source`."""
+    first = {"kind": "eval", "step": 1, "val_wiki_loss": 3.0}
+    run = curves([first, {"kind": "eval", "step": 2, "val_text_loss": 2.0}], "steps", "run")
+    head, *lines = table([run], "steps")[1:]
+    assert head.split()[-2:] == ["wiki", "nats"]
+    assert [line.split() for line in lines] == [["1", "3.0000"], ["2", "2.0000", "2.8854"]]
 
 
 def test_the_table_gives_nats_and_bits():

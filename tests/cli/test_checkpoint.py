@@ -8,6 +8,7 @@ import math
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -161,6 +162,15 @@ def test_a_checkpoint_does_not_differ_from_itself(state):
     found = compare(checkpoint_of(state), checkpoint_of(state))
     assert (found.settings, found.parameters, found.unlike) == ([], [], [])
     assert found.same == len(state.params)
+
+
+def test_a_zero_of_another_sign_is_a_change():
+    a = checkpoint_of(random_state())
+    params = {**a.params, "ln_f.bias": torch.zeros(TINY.C)}
+    other = replace(a, params={**params, "ln_f.bias": -params["ln_f.bias"]})
+    found = compare(replace(a, params=params), other)
+    assert [(change.name, change.largest) for change in found.parameters] == [("ln_f.bias", 0.0)]
+    assert found.same == len(a.params) - 1
 
 
 def test_changes_are_measured_and_ordered(niels, tmp_path):

@@ -92,6 +92,20 @@ def test_the_split_is_that_of_the_configs_seed(niels, where, tmp_path):
     assert default["wiki"] == other["wiki"]
 
 
+def test_what_is_left_out_of_a_text_is_listed_whole(niels, where, root, tmp_path):
+    novels = tmp_path / "novels"
+    novels.mkdir()
+    for name in "abc":
+        (novels / f"{name}.txt").write_text("text\n" * 100)
+        (novels / f"{name}.lnk").symlink_to(novels)
+        (novels / f"{name}.bin").write_bytes(bytes(500))
+    found = info(niels, *where[:2], "--text", novels)["text"]
+    assert {os.path.basename(f["path"]) for f in found["left_out"]} == {
+        f"{name}.{end}" for name in "abc" for end in ("lnk", "bin")
+    }
+    assert found["files"] == 3
+
+
 def test_what_is_left_out_is_listed_with_its_reason(niels, where, root, tmp_path):
     notes = tmp_path / "vault"
     hidden = (".obsidian/a.md", ".trash/b.md", "pages/.d.md", "pages/.away.md.icloud")
