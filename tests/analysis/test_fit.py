@@ -163,7 +163,7 @@ def test_a_run_shorter_than_those_of_the_law_is_told():
     long = chosen(600)
     for choice, told in (long, 0), (long._replace(steps=scaling.SHORTEST - 1), 1):
         lines = fit.warnings_of(choice, ENDLESS)
-        assert sum("a shorter one may end above it" in line for line in lines) == told
+        assert sum("this one may end above it" in line for line in lines) == told
 
 
 def test_other_text_than_that_of_the_law_is_told():
