@@ -78,7 +78,7 @@ def test_the_interval_covers_a_known_noise_scale_about_95_times_in_100():
 
 def test_where_both_small_and_large_ratios_are_possible_the_interval_has_them():
     """Fieller's set is then all but a stretch of positive ratios: it begins at 0."""
-    assert noise._ratio_interval(1.0, 1.0, 0.3, 0.3, 0.29) == (0.0, math.inf)
+    assert noise._ratio_interval(1.0, 0.5, 0.3, 0.3, 0.299) == (0.0, math.inf)
 
 
 def test_pure_noise_has_no_upper_end():
