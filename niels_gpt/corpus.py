@@ -1,6 +1,6 @@
 """The text of a run as a value: its sources, and the batch of each step."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor
 from niels_gpt import streams
 from niels_gpt.batching import draw_rows, renormalise
 from niels_gpt.config import ConfigDocument, ModelConfig, TrainConfig
-from niels_gpt.data.sources import Given
+from niels_gpt.data.sources import SOURCES, Given, option_of
 from niels_gpt.loss import Batch
 from niels_gpt.lr_schedule import lr_of_step
 from niels_gpt.mix import may_choose_val, with_mix
@@ -116,8 +116,7 @@ def open_corpus(model_cfg: ModelConfig, train_cfg: TrainConfig, where: StreamBui
     why: Mapping[str, str] = getattr(train, "missing", {})
     wanted = [name for name, share in train_cfg.p_train.items() if share > 0]
     if not any(name in train for name in wanted):
-        reasons = "; ".join(f"{name}: {why.get(name, 'no such source')}" for name in wanted)
-        raise ValueError(f"there is no text to train on: {reasons}")
+        raise ValueError("; ".join(["there is no text to train on", *_remedies(wanted, why)]))
     p = renormalise(train_cfg.p_train, train)
     shares = ", ".join(f"{name} {share:.4g}" for name, share in p.items())
     left_out = [
@@ -137,6 +136,13 @@ def open_corpus(model_cfg: ModelConfig, train_cfg: TrainConfig, where: StreamBui
     return Corpus(train, val, p, train_cfg.seed, train_cfg.B, model_cfg.T, messages, judge)
 
 
+def _remedies(names: Iterable[str], why: Mapping[str, str]) -> Iterator[str]:
+    """Yield why each source is not there, and the option that names its place."""
+    for name in names:
+        option = f"{option_of(name)} {SOURCES[name].metavar}" if name in SOURCES else "no option"
+        yield f"{name}: {why.get(name, 'no such source')} ({option} names one)"
+
+
 def _largest_with_validation(
     p: Mapping[str, float], val: Collection[str], known: Sequence[str]
 ) -> str:
@@ -144,8 +150,9 @@ def _largest_with_validation(
     with_val = [name for name in p if name in val]
     if not with_val:
         raise ValueError(
-            f"no source has a validation text: {'; '.join(known)}; give more text, "
-            "a smaller model.T, or another source with --set train.val_source=NAME"
+            f"no source has a validation text: {'; '.join(known)}; give more text, a smaller "
+            "model.T, --text FILE, which is split within the file, or another source with --set "
+            "train.val_source=NAME"
         )
     return max(with_val, key=p.__getitem__)
 

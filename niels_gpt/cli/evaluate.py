@@ -79,10 +79,11 @@ def main(
         refuse_without_effect("with --text, which is scored as it is", "skip_machine_lines")
     with exit_on_failure(2, busy="reading the text"):
         from niels_gpt.analysis.score import Full, Sampled, score_checkpoint
+        from niels_gpt.run.call import remembered
 
         report = score_checkpoint(
             ckpt,
-            partial(_open_text, file, names, given, full),
+            partial(_open_text, file, names, remembered(given, ckpt), full),
             Full(stride, rows) if full else Sampled(seed, steps),
             device=device,
             on_progress=lambda name, done, total: console.progress(name)(done, total),

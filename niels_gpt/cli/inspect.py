@@ -85,11 +85,12 @@ def main(
     with exit_on_failure(2, busy="reading the text"):
         from niels_gpt.analysis.replay import open_corpus_of
         from niels_gpt.checkpoint import open_checkpoint
+        from niels_gpt.run.call import remembered
         from niels_gpt.streams import as_recorded, locate
 
         checkpoint = open_checkpoint(ckpt, device)
         state = checkpoint.state
-        sources = as_recorded(locate(given), checkpoint.sources)
+        sources = as_recorded(locate(remembered(given, ckpt)), checkpoint.sources)
         corpus, messages = open_corpus_of(checkpoint, sources)
         console.tell(*messages)
         documents: list[tuple[str, bytes]] = []

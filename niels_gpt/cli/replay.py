@@ -59,9 +59,10 @@ def main(
     with exit_on_failure(2, busy="reading the text"):
         from niels_gpt import paths
         from niels_gpt.analysis.replay import replay_files, view_files
+        from niels_gpt.run.call import remembered
         from niels_gpt.streams import locate
 
-        sources = locate(given)
+        sources = locate(remembered(given, end or start or paths.CHECKPOINT_DIR))
         if end is not None:
             verdict = replay_files(start, end, sources, device, _show_step)
             console.tell(*verdict.messages)

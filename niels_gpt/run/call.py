@@ -64,6 +64,27 @@ def recall(options: TrainOptions, before: Call) -> Given:
     return replace(given, places=places, mix=mix)
 
 
+def remembered(given: Given, checkpoint: Path) -> Given:
+    """Return what is given of the text, or else the places of a checkpoint's run that still exist.
+
+    Args:
+        checkpoint: a file of the run, or its folder.
+    """
+    if given.places:
+        return given
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    there = {
+        name: _place(paths)
+        for name, paths in read_call(folder)[0].places.items()
+        if all(Path(path).exists() for path in paths)
+    }
+    return replace(given, places=there)
+
+
+def _place(paths: list[str]) -> Place:
+    return Path(paths[0]) if len(paths) == 1 else tuple(map(Path, paths))
+
+
 def _still_there(name: str, paths: list[str]) -> Place:
     for path in paths:
         if not Path(path).exists():
@@ -71,7 +92,7 @@ def _still_there(name: str, paths: list[str]) -> Place:
                 f"{path}, from where this run had its {name} text, does not exist any"
                 f" more: give its place with {option_of(name)}"
             )
-    return Path(paths[0]) if len(paths) == 1 else tuple(map(Path, paths))
+    return _place(paths)
 
 
 def read_call(folder: Path) -> tuple[Call, list[str]]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,10 +74,12 @@ class Origin(NamedTuple):
             ValueError: if the checkpoint's model, optimizer or step does not suit the configs.
         """
         if self.parent is not None:
-            return self.parent.on(device).start_under(model_cfg, train_cfg)
+            with _advising("a config without a model section takes the model of the checkpoint"):
+                return self.parent.on(device).start_under(model_cfg, train_cfg)
         if self.resumed is None:
             return make_state(model_cfg, train_cfg, device)
-        state = self.resumed.on(device).state_under(model_cfg, train_cfg)
+        with _advising("without --config and --set model... a resume takes that of the checkpoint"):
+            state = self.resumed.on(device).state_under(model_cfg, train_cfg)
         _refuse_beyond_the_end(self.resumed, train_cfg)
         return state
 
@@ -144,6 +146,15 @@ def _configs_in(resumed: Checkpoint, overrides: Sequence[str]) -> tuple[ModelCon
     except ValueError as error:
         problems = error.lines if isinstance(error, Problems) else (str(error),)
         raise Problems(*problems, "--config FILE gives others") from None
+
+
+@contextlib.contextmanager
+def _advising(what: str) -> Iterator[None]:
+    """Add what to do to an error of several lines."""
+    try:
+        yield
+    except Problems as error:
+        raise Problems(*error.lines, what) from None
 
 
 def _check_is_file(option: str, name: str, instead: str) -> None:

@@ -31,6 +31,7 @@ from niels_gpt.schema import parameter_shapes
 from niels_gpt.state import TrainState
 from niels_gpt.streams import as_recorded, locate
 
+SECOND_STAGES = ("notes", "chat")  # configs for `--from`
 COMPILE_FLOPS = 1e14  # compile longer runs by default: about 20 minutes on two cores
 
 
@@ -84,6 +85,8 @@ def make_plan(
     environment = describe_environment(device, compiled)
     scores, has_best, records, told = _past(resumed, options, corpus, environment)
     told = [*origin.messages(state.train_cfg), *unread, *told, *schedule_messages(train_cfg)]
+    if options.config in SECOND_STAGES and origin == Origin():
+        told.append(f"{options.config} is a second stage: --from CHECKPOINT begins with a model")
     return Plan(
         state=state,
         scores=scores,

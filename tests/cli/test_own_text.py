@@ -120,6 +120,65 @@ def test_what_to_tune_on_is_read_as_it_was(train, texts, tmp_path):
     assert "--skip-machine-lines" in tune
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "--ckpt", "a"],
+        ["inspect", "--ckpt", "a", "--only", "documents"],
+        ["replay", "--from", "a/step_0000002.pt", "--to", "a/latest.pt"],
+    ],
+)
+def test_what_looks_at_a_run_finds_its_text(train, niels, tmp_path, words):
+    assert train("--text", "own.txt").exit_code == 0
+    found = niels(*words)
+    assert found.exit_code == 0, found.output
+    assert "not the text of the run" not in found.stderr
+    (tmp_path / "own.txt").unlink()
+    lost = niels(*words)
+    assert lost.exit_code == 2
+    assert "--text" in lost.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--set", 'train.p_train={"roam": 1.0}'], "(--notes DIR names one)"),
+        (["--text", "own.txt", "--out", "own.txt"], "own.txt: Not a directory"),
+        (
+            ["--text", "own.txt", "--resume", "a/latest.pt", "--set", "model.T=8"],
+            "without --config",
+        ),
+        (
+            ["--text", "own.txt", "--from", "a/best.pt", "--set", "model.T=8"],
+            "without a model sect",
+        ),
+    ],
+)
+def test_a_message_says_what_to_do(train, given, message):
+    assert train("--text", "own.txt").exit_code == 0
+    done = train(*given)
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+def test_one_note_is_no_validation_text_and_a_file_is(train, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "own.txt").rename(tmp_path / "one" / "diary.md")
+    alone = train("--notes", "one", "--mix", "notes=1")
+    assert alone.exit_code == 2
+    assert "--text FILE, which is split within the file" in alone.stderr
+    assert train("--text", "one/diary.md").exit_code == 0
+
+
+@pytest.mark.parametrize("config", ["notes", "chat"])
+def test_a_second_stage_without_a_first_is_told(niels, tmp_path, config):
+    (tmp_path / "own.txt").write_text("My text.\n" * 4000)
+    words = ["train", "--config", config, "--text", "own.txt", "--mix", "text=1", "--dry-run"]
+    done = niels(*words, *(f"--set=model.{name}={n}" for name, n in (("C", 8), ("d_ff", 8))))
+    assert done.exit_code == 0, done.output
+    assert f"{config} is a second stage: --from CHECKPOINT" in done.output
+
+
 def test_a_config_may_be_a_pipe(train, niels, tmp_path):
     read, write = os.pipe()
     os.write(write, (tmp_path / "c.json").read_bytes())
