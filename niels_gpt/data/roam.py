@@ -314,7 +314,7 @@ def read_texts(
         text, problem = to_utf8(data)
         if problem:
             altered.append(Remark(str(path), problem))
-        machine += machine_lines(text)
+        machine += map(len, machine_lines(text))
         texts[path] = without_machine_lines(text) if skip_machine_lines else text
     kept = {path: text for path, text in texts.items() if not is_blank(text)}
     messages = _tell_texts(len(texts) - len(kept), what, machine, skip_machine_lines)
@@ -344,12 +344,12 @@ def _split(notes: list[Note], root: Path, how: Reading) -> tuple[list[Note], lis
     return [n for n in notes if n.path not in chosen], [n for n in notes if n.path in chosen]
 
 
-def _tell_texts(empty: int, what: str, machine: list[bytes], skip: bool) -> list[str]:
+def _tell_texts(empty: int, what: str, machine: list[int], skip: bool) -> list[str]:
     messages = []
     if empty:
         messages.append(f"{empty:,} empty {what}{'s' * (empty > 1)} left out")
     if machine:
-        size = sum(map(len, machine))
+        size = sum(machine)
         fate = "left out" if skip else "read as text (--skip-machine-lines leaves them out)"
         messages.append(
             f"{len(machine):,} line{'s' * (len(machine) > 1)} of machine data such as embedded "
