@@ -301,7 +301,8 @@ def read_texts(
 ) -> Texts:
     """Read files as text; `what` they are is for the messages."""
     texts: dict[Path, bytes] = {}
-    unread, skipped, altered, machine = [], [], [], []
+    unread, skipped, altered = [], [], []
+    machine: list[int] = []  # lengths of lines
     for path in paths:
         try:
             data = path.read_bytes()

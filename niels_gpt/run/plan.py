@@ -73,11 +73,11 @@ def make_plan(
     origin = origin or find_origin(options)
     device, (before, unread) = origin.device(options.device), origin.read_call()
     anew, options = options.given, replace(options, given=recall(options, before))
-    if document is None:  # a checkpoint's config has the shares of its run
-        train_cfg, any_val = with_mix(train_cfg, anew), False
-    else:
-        train_cfg = with_mix(train_cfg, options.given)
-        any_val = may_choose_val(train_cfg, options.given, document, options.overrides)
+    shares = anew if document is None else options.given  # a checkpoint has those of its run
+    train_cfg = with_mix(train_cfg, shares)
+    any_val = document is not None and may_choose_val(
+        train_cfg, shares, document, options.overrides
+    )
     state, resumed = origin.state(model_cfg, train_cfg, device), origin.resumed
     state, corpus = _open_text(state, options, resumed, any_val=any_val)
     inherited = inherited_compile(resumed.environment, device) if resumed else None
