@@ -412,7 +412,7 @@ MUTANTS = {
     ),
     "the model diff not checked": Mutant(
         "checkpoint",
-        "        validate_model_config_match(self.model_cfg, model_cfg)\n",
+        "        validate_model_config_match(self.cfg, model_cfg)\n",
         "",
         CHECKPOINT,
         "shows_the_diff",
