@@ -42,7 +42,7 @@ def main(
             click.echo(format_figure(figure))
             figures.append(figure)
     if json_path:
-        rows = [{**figure._asdict(), "met": figure.met} for figure in figures]
+        rows = [{**f._asdict(), "met": f.met if f.bar else None} for f in figures]
         measured = {"rounds": effort.rounds, "warmup": effort.warmup, "figures": rows}
         text = json.dumps({"machine": machine, **measured}, indent=2)
         json_path.write_text(text + "\n", encoding="utf-8")
