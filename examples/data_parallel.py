@@ -21,10 +21,9 @@ from torch import Tensor
 from niels_gpt import ModelConfig
 from niels_gpt.cli.shared.options import PATH, source_options
 from niels_gpt.cli.shared.output import EnduringConsole, exit_on_failure
-from niels_gpt.config import find_config, load_config_from_json
+from niels_gpt.config import read_config
 from niels_gpt.files import durable
 from niels_gpt.loss import Batch, gradients
-from niels_gpt.mix import with_mix
 from niels_gpt.optim.trees import Tree, to_tree, to_vector
 from niels_gpt.run import loop, progress, session
 from niels_gpt.run.folder import Folder
@@ -56,9 +55,9 @@ def main(**given: Any) -> None:
     """Train with the loop of niels_gpt and the gradients above."""
     options = TrainOptions(device="cpu", compile=False, **given)
     with exit_on_failure(2):
-        model_cfg, train_cfg = load_config_from_json(find_config(options.config), options.overrides)
-        configs = model_cfg, with_mix(train_cfg, options.places)
-        plan, console = make_plan(*configs, options), EnduringConsole()
+        document = read_config(given["config"])
+        plan = make_plan(*document.configs(options.overrides), options, document=document)
+    configs, console = plan.state[-2:], EnduringConsole()
     dist.init_process_group("gloo")
     same = hashlib.sha256(repr((configs, plan.corpus.record, plan.state.step)).encode()).digest()
     of_all = torch.tensor(list(same))

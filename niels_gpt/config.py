@@ -278,8 +278,8 @@ class ConfigDocument(NamedTuple):
 
     def gives(self, key: str, overrides: Iterable[str] = ()) -> bool:
         """Return whether the file or an override sets a value, such as "train.val_source"."""
-        given = {override.partition("=")[0].strip() for override in overrides}
-        return key in dotted(self.doc) or key in given
+        given = [*dotted(self.doc), *(override.partition("=")[0].strip() for override in overrides)]
+        return any(name == key or name.startswith(f"{key}.") for name in given)
 
 
 def read_config(name: str | os.PathLike[str]) -> ConfigDocument:

@@ -1,5 +1,7 @@
 """What the package says where it cannot run, and that its packaging says the same."""
 
+import dataclasses
+import importlib
 import re
 import subprocess
 import sys
@@ -7,6 +9,7 @@ import tomllib
 
 import pytest
 
+from niels_gpt.streams import StreamBuildConfig
 from tests import ROOT
 
 
@@ -52,3 +55,28 @@ def test_constraints_name_what_is_required():
 
 def numbers(version: str) -> list[int]:
     return [int(part) for part in version.split(".")]
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("niels_gpt", "make_state train_step evaluate TrainState ModelConfig TrainConfig"),
+        ("niels_gpt", "to_modules from_modules gradients"),
+        ("niels_gpt.model", "GPT CausalSelfAttention rope_cache apply_rope"),
+        ("niels_gpt.config", "load_config_from_json load_json save_json to_dict default_p_train"),
+        ("niels_gpt.checkpoint", "save_checkpoint load_checkpoint validate_model_config_match"),
+        ("niels_gpt.train", "make_state train_step evaluate main"),
+        ("niels_gpt.streams", "StreamBuildConfig build_sources build_train_val_sources"),
+    ],
+)
+def test_what_others_import_is_at_its_address(module, names):
+    found = importlib.import_module(module)
+    assert [name for name in names.split() if not hasattr(found, name)] == []
+
+
+def test_streams_are_built_as_other_programs_expect():
+    cfg = StreamBuildConfig()
+    assert (cfg.T, cfg.seed, cfg.roam_val_frac, cfg.primer_val_frac) == (256, 42, 0.1, 0.1)
+    assert cfg.enabled_sources == cfg.required_sources == ("wiki", "roam", "primer")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.T = 1

@@ -79,11 +79,10 @@ def main(
         refuse_without_effect("with --text, which is scored as it is", "skip_machine_lines")
     with exit_on_failure(2, busy="reading the text"):
         from niels_gpt.analysis.score import Full, Sampled, score_checkpoint
-        from niels_gpt.run.call import remembered
 
         report = score_checkpoint(
             ckpt,
-            partial(_open_text, file, names, remembered(given, ckpt), full),
+            partial(_open_text, ckpt, file, names, given, full),
             Full(stride, rows) if full else Sampled(seed, steps),
             device=device,
             on_progress=lambda name, done, total: console.progress(name)(done, total),
@@ -110,6 +109,7 @@ def _whole_file(names: tuple[str, ...], given: Given) -> Path | None:
 
 
 def _open_text(
+    ckpt: Path,
     file: Path | None,
     names: tuple[str, ...],
     given: Given,
@@ -118,13 +118,16 @@ def _open_text(
     records: SourceRecords | None,
 ) -> Sources:
     from niels_gpt.analysis.score import open_file, open_validation
+    from niels_gpt.run.call import remembered
     from niels_gpt.streams import as_recorded, locate
 
     length = 1 if full else state.model_cfg.T + 1
     if file is not None:
         return open_file(file, length=length, records=records)
-    where = as_recorded(locate(given), records)
     own = (records or {}).get("val", {})
+    given, told = remembered(given, [ckpt], names or own)
+    console.tell(*told)
+    where = as_recorded(locate(given), records)
     if own and "wiki" not in own:  # a run on one's own text alone
         where = replace(where, enabled_sources=tuple(dict.fromkeys([*own, *given.places])))
     return open_validation(where, names, state.train_cfg.seed, length=length)

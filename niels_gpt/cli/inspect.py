@@ -90,7 +90,9 @@ def main(
 
         checkpoint = open_checkpoint(ckpt, device)
         state = checkpoint.state
-        sources = as_recorded(locate(remembered(given, ckpt)), checkpoint.sources)
+        given, told = remembered(given, [ckpt])
+        console.tell(*told)
+        sources = as_recorded(locate(given), checkpoint.sources)
         corpus, messages = open_corpus_of(checkpoint, sources)
         console.tell(*messages)
         documents: list[tuple[str, bytes]] = []

@@ -62,7 +62,10 @@ def main(
         from niels_gpt.run.call import remembered
         from niels_gpt.streams import locate
 
-        sources = locate(remembered(given, end or start or paths.CHECKPOINT_DIR))
+        files = [path for path in (end, start) if path is not None]
+        given, told = remembered(given, files or [paths.CHECKPOINT_DIR])
+        console.tell(*told)
+        sources = locate(given)
         if end is not None:
             verdict = replay_files(start, end, sources, device, _show_step)
             console.tell(*verdict.messages)

@@ -88,16 +88,17 @@ def save_json(path: str | os.PathLike[str], data: object) -> None:
 
 def to_json(value: object) -> str:
     """Encode named tuples, dicts and lists as JSON; non-finite numbers become null."""
-    return json.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False)
+    return json.dumps(plain(value), ensure_ascii=False, indent=2, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return nested values as JSON has them: see `to_json`."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

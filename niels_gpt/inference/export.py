@@ -16,7 +16,7 @@ from torch import Tensor
 
 from niels_gpt.checkpoint import Checkpoint, open_checkpoint
 from niels_gpt.files.durable import make_folder, write_durably
-from niels_gpt.files.strict_json import load_json, to_json
+from niels_gpt.files.strict_json import load_json, plain
 from niels_gpt.files.torchfile import raw_bytes
 
 MAX_CONFIG_BYTES = 32_000_000  # a checkpoint may hold a train_cfg of half of that
@@ -42,13 +42,14 @@ def export(checkpoint: Path, out: Path, *, overwrite: bool = False) -> tuple[Pat
     make_folder(out.absolute().parent)
     model, new = to_safetensors(found.params), out.with_name(f".{out.name}.new")
     description = {**export_config(found), "sha256": hashlib.sha256(model).hexdigest()}
+    text = json.dumps(plain(description), indent=2, allow_nan=False)  # ASCII, whatever is in it
     try:
         write_durably([new], model)
         config.unlink(missing_ok=True)
         new.rename(out)
     finally:
         new.unlink(missing_ok=True)
-    write_durably([config], (to_json(description) + "\n").encode())
+    write_durably([config], f"{text}\n".encode())
     return out, config
 
 

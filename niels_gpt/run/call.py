@@ -4,11 +4,12 @@ A resume finds the text there, unless it is given another place.
 """
 
 import json
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from niels_gpt.config import TrainConfig
+from niels_gpt.config import ConfigDocument, TrainConfig
 from niels_gpt.data.sources import SOURCES, Given, Place, all_places, option_of
 from niels_gpt.files import durable
 from niels_gpt.files.names import CALL
@@ -45,54 +46,65 @@ def call_of(options: TrainOptions, before: Call) -> Call:
     )
 
 
-def recall(options: TrainOptions, before: Call) -> Given:
-    """Return what is given of the text, and what the earlier call gave where this one is silent.
+def recall(given: Given, before: Call) -> Given:
+    """Return what is given of the text, and what the earlier call gave where this one is silent."""
+    there = {name: _place(paths) for name, paths in before.places.items()}
+    both = {**there, **given.places}
+    places = {name: both[name] for name in SOURCES if name in both}  # in one order, however given
+    return replace(given, places=places, mix=before.mix if given.mix is None else given.mix)
 
-    With shares that are given anew, of which a source has none, its place is not needed.
+
+def gives_shares(options: TrainOptions, before: Call, document: ConfigDocument) -> bool:
+    """Return whether shares are given anew: by `--mix`, `--set`, or another config than before."""
+    is_other = _config_name(options.config) != before.config
+    by_config = is_other and document.gives(SHARES)
+    by_set = ConfigDocument("", {}).gives(SHARES, options.overrides)
+    return by_config or by_set or options.given.mix is not None
+
+
+def without_what_is_gone(given: Given, before: Call, needed: Collection[str]) -> Given:
+    """Leave out the places of the earlier call that do not exist any more.
 
     Raises:
-        FileNotFoundError: if a place of the earlier call does not exist any more.
+        FileNotFoundError: if one of a source that is needed does not.
     """
-    given, places = options.given, {}
-    for name in SOURCES:
-        if name in given.places:
-            places[name] = given.places[name]
-        elif name in before.places and (given.mix is None or given.mix.get(name)):
-            places[name] = _still_there(name, before.places[name])
-    shares_set = any(override.strip().startswith(SHARES) for override in options.overrides)
-    mix = before.mix if given.mix is None and not shares_set else given.mix
-    return replace(given, places=places, mix=mix)
+    lost = _lost(before)
+    gone = {name for name in lost if given.places.get(name) == _place(before.places[name])}
+    for name in (name for name in gone if name in needed):
+        raise FileNotFoundError(f"{lost[name]}: give its place with {option_of(name)}")
+    places = {name: place for name, place in given.places.items() if name not in gone}
+    return replace(given, places=places)
 
 
-def remembered(given: Given, checkpoint: Path) -> Given:
-    """Return what is given of the text, or else the places of a checkpoint's run that still exist.
+def remembered(
+    given: Given, files: Sequence[Path], wanted: Collection[str] = tuple(SOURCES)
+) -> tuple[Given, list[str]]:
+    """Return what is given of the text, else as the run was given it; and messages.
 
     Args:
-        checkpoint: a file of the run, or its folder.
+        files: checkpoints of the run, or its folders; the first beside a call counts.
+        wanted: the sources to look for.
     """
-    if given.places:
-        return given
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    there = {
-        name: _place(paths)
-        for name, paths in read_call(folder)[0].places.items()
-        if all(Path(path).exists() for path in paths)
-    }
-    return replace(given, places=there)
+    folders = [path if path.is_dir() else path.parent for path in files]
+    before, messages = read_call(next((f for f in folders if (f / CALL).exists()), folders[0]))
+    wanted = [name for name in wanted if name in before.places and name not in given.places]
+    lost = {name: line for name, line in _lost(before).items() if name in wanted}
+    there = {name: _place(before.places[name]) for name in wanted if name not in lost}
+    return replace(given, places={**there, **given.places}), [*messages, *lost.values()]
 
 
 def _place(paths: list[str]) -> Place:
     return Path(paths[0]) if len(paths) == 1 else tuple(map(Path, paths))
 
 
-def _still_there(name: str, paths: list[str]) -> Place:
-    for path in paths:
-        if not Path(path).exists():
-            raise FileNotFoundError(
-                f"{path}, from where this run had its {name} text, does not exist any"
-                f" more: give its place with {option_of(name)}"
-            )
-    return _place(paths)
+def _lost(before: Call) -> dict[str, str]:
+    """Return a line for each source of which a place does not exist any more."""
+    return {
+        name: f"{path}, where this run had its text ({name}), does not exist any more"
+        for name, paths in before.places.items()
+        for path in paths
+        if not Path(path).exists()
+    }
 
 
 def read_call(folder: Path) -> tuple[Call, list[str]]:

@@ -20,6 +20,7 @@ from niels_gpt.eval import evaluate
 from niels_gpt.files.names import BEST, LATEST
 from niels_gpt.model.flops import parameter_count, step_flops
 from niels_gpt.run.compile import choose_step
+from niels_gpt.run.folder import files_of_another_run
 from niels_gpt.run.plan import Plan
 from niels_gpt.state import TrainState
 from niels_gpt.step import StepFunction, loop_step
@@ -79,10 +80,11 @@ def checkpoint_bytes(plan: Plan, state: TrainState) -> int:
 
 def new_files(plan: Plan) -> int:
     """Count the checkpoints that the run will add to its folder."""
-    cfg, resumed = plan.state.train_cfg, plan.resumed
+    cfg = plan.state.train_cfg
     periodic = cfg.total_steps // cfg.ckpt_every - plan.state.step // cfg.ckpt_every
-    goes_on = resumed is not None and resumed.path.parent.resolve() == plan.out.resolve()
-    return periodic + sum(not (goes_on and (plan.out / name).exists()) for name in (LATEST, BEST))
+    there = [plan.out / LATEST, plan.out / BEST] if plan.out.is_dir() else []
+    moved = files_of_another_run(plan) if there else []
+    return periodic + 2 - sum(path.exists() and path not in moved for path in there)
 
 
 def peak_memory_bytes() -> int:

@@ -44,49 +44,50 @@ class Folder:
     def save(self, names: Sequence[str], state: TrainState, scores: Scores) -> bool:
         """Save a state durably under each name in turn; on failure, report it and return False.
 
-        A `best.pt` that could not be written is written at the next save, before anything else. A
+        A `best.pt` that cannot be written prevents no other file; it is tried again at each save. A
         `latest.pt` that the run was resumed from and that is this very state stays as it is.
         """
         checkpoint = self._checkpoint(state, scores)
+        jobs = [(names, checkpoint)]
         if BEST in names:
             self._owed_best = state, scores
+        elif self._owed_best is not None:
+            jobs.insert(0, ([BEST], self._checkpoint(*self._owed_best)))
+        self.is_saved = all([self._write(*job) for job in jobs])  # a list: each is tried
+        if self.is_saved:
+            self._owed_best = None
+        return self.is_saved
+
+    def _write(self, names: Sequence[str], checkpoint: Checkpoint) -> bool:
+        """Write a checkpoint under each name in turn; report a failure and return False."""
         try:
             if names == [LATEST] and self._is_there(checkpoint):
-                self.is_saved = self.has_own = True
+                self.has_own = True
                 return True
             self._claim()
             self._sync_metrics()
-            if self._owed_best is not None and BEST not in names:
-                self._write([BEST], self._checkpoint(*self._owed_best))
-            self._write(names, checkpoint)
-            self._owed_best = None
+            write_checkpoint([self.path / name for name in names], checkpoint)
         except (OSError, CheckpointError) as error:
-            self.is_saved = False
+            but = "".join(f", but not {name}" for name in names if name not in (BEST, LATEST))
             self._console.warn(
-                f"SAVE FAILED after step {state.step}: {error}; "
-                f"{self._retried(names)}; {self.last_good()}"
+                f"SAVE FAILED after step {checkpoint.step}: {error}; "
+                f"the next save will retry{but}; {self.last_good()}"
             )
+            if getattr(error, "filename", None) == str(self.path / BEST) and names[1:]:
+                self._write(names[1:], checkpoint)
             return False
-        self.is_saved = self.has_own = True
-        self.good = self.path / names[-1]
+        self._console.say(f"saved {', '.join(names)} after step {checkpoint.step}")
+        if LATEST in names:
+            self.good, self.has_own = self.path / LATEST, True
         return True
 
     def last_good(self) -> str:
         """Name the newest checkpoint known to be good."""
         return f"last good checkpoint: {self.good}" if self.good else "no checkpoint yet"
 
-    @staticmethod
-    def _retried(names: Sequence[str]) -> str:
-        periodic = [name for name in names if name not in (BEST, LATEST)]
-        return "the next save will retry" + "".join(f", but not {name}" for name in periodic)
-
     def _checkpoint(self, state: TrainState, scores: Scores) -> Checkpoint:
         plan = self._plan
         return checkpoint_of(state, scores, plan.corpus.record, self.environment, plan.ancestors)
-
-    def _write(self, names: Sequence[str], checkpoint: Checkpoint) -> None:
-        write_checkpoint([self.path / name for name in names], checkpoint)
-        self._console.say(f"saved {', '.join(names)} after step {checkpoint.step}")
 
     def _is_there(self, checkpoint: Checkpoint) -> bool:
         """Return whether `latest.pt` is this checkpoint: the resumed one, unchanged."""
@@ -101,7 +102,7 @@ class Folder:
         if self._claimed:
             return
         durable.remove_temporaries(self.path)
-        earlier, resumed = self._files_of_another_run(), self._plan.resumed
+        earlier, resumed = files_of_another_run(self._plan), self._plan.resumed
         if earlier:
             names = [path.name for path in earlier]
             if os.path.lexists(self.path / CALL):
@@ -114,28 +115,6 @@ class Folder:
         if kept := self.metrics.claim():
             self._console.say(f"kept the damaged {METRICS} as {kept}")
         self._claimed = True
-
-    def _files_of_another_run(self) -> list[Path]:
-        """List the files to move aside: of the resumed run, only those of later steps."""
-        there, resumed = run_files(self.path), self._plan.resumed
-        if resumed is None or not _is_in(resumed.path, self.path):
-            return there
-        later = [path for path in there if self._is_later(path, resumed)]
-        metrics = [path for path in there if path.name == METRICS]
-        return [*later, *metrics] if later else []
-
-    def _is_later(self, path: Path, resumed: Checkpoint) -> bool:
-        """Return whether a checkpoint in the folder is of a later step, damaged or another best."""
-        if path.name in (METRICS, resumed.path.name):
-            return False
-        if (promised := step_of_name(path.name)) is not None:
-            return promised > resumed.step
-        try:
-            step = read_checkpoint(path).step
-        except (CheckpointError, FileNotFoundError):  # the latter for a dangling link
-            return True
-        is_other_best = path.name == BEST and not self._plan.has_best
-        return step > resumed.step or (is_other_best and step < resumed.step)
 
     def _keep_call(self) -> None:
         """Keep how the run is called; a failure does not prevent saving a checkpoint."""
@@ -150,6 +129,30 @@ class Folder:
             self.metrics.sync()
         except OSError as error:
             self._console.warn(f"{self.metrics.path}: {error.strerror}; the next save will retry")
+
+
+def files_of_another_run(plan: Plan) -> list[Path]:
+    """List the files in its folder that a run moves aside: of the resumed run, later ones only."""
+    there, resumed = run_files(plan.out), plan.resumed
+    if resumed is None or not _is_in(resumed.path, plan.out):
+        return there
+    later = [path for path in there if _is_later(path, resumed, plan.has_best)]
+    metrics = [path for path in there if path.name == METRICS]
+    return [*later, *metrics] if later else []
+
+
+def _is_later(path: Path, resumed: Checkpoint, has_best: bool) -> bool:
+    """Return whether a checkpoint in the folder is of a later step, damaged or another best."""
+    if path.name in (METRICS, resumed.path.name):
+        return False
+    if (promised := step_of_name(path.name)) is not None:
+        return promised > resumed.step
+    try:
+        step = read_checkpoint(path).step
+    except (CheckpointError, FileNotFoundError):  # the latter for a dangling link
+        return True
+    is_other_best = path.name == BEST and not has_best
+    return step > resumed.step or (is_other_best and step < resumed.step)
 
 
 def _is_in(path: Path, folder: Path) -> bool:

@@ -23,7 +23,7 @@ from niels_gpt.mix import may_choose_val, with_mix
 from niels_gpt.model.flops import parameter_count, step_flops
 from niels_gpt.optim import optimizer_of, to_entries
 from niels_gpt.run.best import resumed_scores
-from niels_gpt.run.call import Call, call_of, recall
+from niels_gpt.run.call import Call, call_of, gives_shares, recall, without_what_is_gone
 from niels_gpt.run.metrics import Record, damage_in, read_metrics, records_until
 from niels_gpt.run.options import TrainOptions
 from niels_gpt.run.origin import Origin, find_origin, output_folder
@@ -72,13 +72,17 @@ def make_plan(
     _check_size(model_cfg, train_cfg)
     origin = origin or find_origin(options)
     device, (before, unread) = origin.device(options.device), origin.read_call()
-    anew, options = options.given, replace(options, given=recall(options, before))
-    shares = anew if document is None else options.given  # a checkpoint has those of its run
-    train_cfg = with_mix(train_cfg, shares)
-    any_val = document is not None and may_choose_val(
-        train_cfg, shares, document, options.overrides
-    )
-    state, resumed = origin.state(model_cfg, train_cfg, device), origin.resumed
+    resumed, recalled = origin.resumed, recall(options.given, before)
+    if document is None:  # a checkpoint has the shares of its run
+        train_cfg, shares, any_val = with_mix(train_cfg, options.given), options.given, False
+    else:
+        shares = options.given if gives_shares(options, before, document) else recalled
+        train_cfg = with_mix(train_cfg, shares)
+        any_val = may_choose_val(train_cfg, recalled, document, options.overrides)
+    given = replace(recalled, mix=shares.mix)
+    given = without_what_is_gone(given, before, _needed(train_cfg, resumed, any_val))
+    options = replace(options, given=given)
+    state = origin.state(model_cfg, train_cfg, device)
     state, corpus = _open_text(state, options, resumed, any_val=any_val)
     inherited = inherited_compile(resumed.environment, device) if resumed else None
     compiled, why = choose_compile(options.compile, inherited, device, model_cfg, train_cfg)
@@ -101,6 +105,12 @@ def make_plan(
         call=call_of(options, before),
         messages=[*told, *corpus.messages],
     )
+
+
+def _needed(cfg: TrainConfig, resumed: Checkpoint | None, any_val: bool) -> set[str]:
+    """Return the sources without which a run cannot go on: those with a share, and the judge."""
+    judge = (resumed.val_source if resumed else None) if any_val else cfg.val_source
+    return {name for name, share in cfg.p_train.items() if share > 0} | {str(judge)}
 
 
 def _open_text(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from niels_gpt import make_state, train_step
+from niels_gpt import ModelConfig, TrainConfig, make_state, save_state, train_step
 from niels_gpt.analysis import replay
 from niels_gpt.checkpoint import checkpoint_of, load_checkpoint, open_checkpoint, write_checkpoint
 from niels_gpt.cli import main
@@ -25,6 +26,7 @@ from niels_gpt.schema import write_payload
 from niels_gpt.state import empty_model
 from niels_gpt.step import dropout_of_step
 from niels_gpt.streams import locate
+from tests import ROOT
 from tests.training import SMALL, same_state, trained_state
 
 CONFIG = {
@@ -213,10 +215,12 @@ def test_a_log_of_another_run_does_not_decide(run, again):
 
 
 def test_other_text_is_refused_before_the_first_step(run, niels, texts):
-    result = niels("replay", "--wiki", texts / "wiki", "--to", run / "latest.pt")
+    (run / "other").mkdir()
+    (run / "other" / "note.md").write_text("Another note.\n" * 99)
+    result = niels("replay", "--roam", run / "other", "--to", run / "latest.pt")
     assert result.exit_code == 2
     assert "train/roam" in result.stderr
-    assert "absent" in result.stderr
+    assert "now notes, " in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -446,3 +450,16 @@ def test_the_first_device_of_a_kind_is_the_device_of_that_kind():
     assert environment_changes({"device": "mps"}, {"device": "mps:0"}) == []
     assert environment_changes({"device": "cuda:0"}, {"device": "cuda"}) == []
     assert len(environment_changes({"device": "cuda"}, {"device": "cuda:1"})) == 1
+
+
+def test_the_script_in_the_documents_runs(tmp_path, monkeypatch, texts):
+    page = (ROOT / "docs" / "replay.md").read_text(encoding="utf-8")
+    *_, script = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "wiki").symlink_to(texts / "wiki")
+    (tmp_path / "checkpoints").mkdir()
+    cfg = TrainConfig(B=2, total_steps=2000, p_train={"wiki": 1.0})
+    state = make_state(ModelConfig(T=12, C=8, L=1, H=2, d_ff=8), cfg)
+    save_state(tmp_path / "checkpoints" / "step_0001000.pt", state._replace(step=1000))
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})

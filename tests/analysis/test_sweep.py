@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from dataclasses import replace
 
 import pytest
@@ -136,12 +135,10 @@ def test_groups_cover_the_models_in_order_and_fit(n, each, budget):
     assert sum(sizes[:2]) * each > budget or len(sizes) == 1  # no fewer groups would do
 
 
-def test_the_memory_estimate_grows_with_the_model_and_fits_this_machine():
+def test_the_memory_estimate_grows_with_the_model():
     small, large = ModelConfig(T=128, C=128), ModelConfig(T=128, C=256, d_ff=2048)
     assert sweep.member_bytes(small, 16) < sweep.member_bytes(large, 16)
     assert sweep.member_bytes(small, 1) < sweep.member_bytes(small, 8)
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert sweep.memory_budget() == total // 2
 
 
 # --- what came out -----------------------------------------------------------------------------

@@ -251,11 +251,14 @@ def test_export_writes_the_model_and_its_config(niels, checkpoint, tmp_path):
 
 def test_numbers_that_json_lacks_are_exported_as_null(niels, tmp_path):
     """A plain loop may begin with a best loss of infinity."""
-    other = {"best_val_loss": math.inf, "train_cfg": {"best": [math.nan]}}
+    other = {"best_val_loss": math.inf, "train_cfg": {"best": [math.nan], "in": "caf\udce9"}}
     torch.save({**random_payload(), **other}, tmp_path / "plain.pt")
     assert niels("checkpoint", "export", "plain.pt", "out.safetensors").exit_code == 0
     description = json.loads((tmp_path / "out.json").read_text())
-    assert (description["best_val_loss_nats"], description["train"]) == (None, {"best": [None]})
+    assert (description["best_val_loss_nats"], description["train"]) == (
+        None,
+        {"best": [None], "in": "caf\udce9"},
+    )
     verified = niels("checkpoint", "verify", "out.safetensors")
     assert verified.exit_code == 0, verified.output
 

@@ -78,7 +78,11 @@ def test_under_muon_the_sharpness_is_told_without_adamws_part(niels, texts, tmp_
 
 
 def test_other_text_and_missing_files_are_refused(niels, texts, ckpt):
-    result = niels("inspect", "--ckpt", ckpt, "--wiki", texts / "wiki")
+    result = niels("inspect", "--ckpt", ckpt, "--roam", texts / "wiki")  # no notes
+    assert result.exit_code == 2
+    (ckpt.parent / "other").mkdir()
+    (ckpt.parent / "other" / "note.md").write_text("Another note.\n" * 99)
+    result = niels("inspect", "--ckpt", ckpt, "--roam", ckpt.parent / "other")
     assert result.exit_code == 2
     assert "differs from the text it was trained on" in result.stderr
     result = niels("inspect", "--ckpt", "nowhere.pt")

@@ -99,6 +99,42 @@ def test_shares_that_are_set_on_a_resume_are_not_those_of_the_earlier_call(train
     assert open_checkpoint(tmp_path / "a/latest.pt").train_cfg["p_train"] == json.loads(shares)
 
 
+def test_shares_of_another_config_are_not_those_of_the_earlier_call(train, niels, texts, tmp_path):
+    both = ["--text", "own.txt", "--notes", texts / "notes", "--mix", "roam=3,text=1"]
+    assert train(*both, "--set", "train.total_steps=2").exit_code == 0
+    shares = {"text": 0.5, "roam": 0.5}
+    other = {**CONFIG, "train": {**CONFIG["train"], "p_train": shares}}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    resumed = niels("train", "--config", "other.json", "--resume", "a/latest.pt")
+    assert resumed.exit_code == 0, resumed.output
+    assert "note: train.p_train: " in resumed.stderr
+    assert open_checkpoint(tmp_path / "a/latest.pt").train_cfg["p_train"] == shares
+
+
+def test_a_share_of_nothing_leaves_a_text_out_on_a_resume(train, texts, tmp_path):
+    """A text of the earlier call does not bring back the equal shares that it had."""
+    both = ["--text", "own.txt", "--notes", texts / "notes", "--set", "train.total_steps=2"]
+    assert train(*both).exit_code == 0
+    alone = ["--set", 'train.p_train={"roam": 1.0}', "--allow-data-change"]
+    resumed = train("--resume", "a/latest.pt", *alone)
+    assert resumed.exit_code == 0, resumed.output
+    assert open_checkpoint(tmp_path / "a/latest.pt").train_cfg["p_train"] == {"roam": 1.0}
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_what_judges_keeps_its_place_without_a_share(train, niels, texts, tmp_path, config):
+    wiki = ["--wiki", texts / "wiki", "--text", "own.txt", "--mix", "wiki=1,text=1"]
+    assert train(*wiki, "--set", "train.total_steps=2").exit_code == 0
+    before = open_checkpoint(tmp_path / "a/latest.pt")
+    more = ["--resume", "a/latest.pt", "--mix", "text=1", "--allow-data-change"]
+    resumed = train(*more) if config else niels("train", *more, "--set", "train.total_steps=4")
+    assert resumed.exit_code == 0, resumed.output
+    after = open_checkpoint(tmp_path / "a/latest.pt")
+    assert after.sources["val"]["wiki"] == before.sources["val"]["wiki"]
+    assert {*after.sources["train"]} == {"text"}
+    assert "wiki" in json.loads((tmp_path / "a/.run.json").read_text())["places"]
+
+
 def test_a_resume_without_a_source_does_not_ask_where_it_went(train, niels, texts, tmp_path):
     shutil.copytree(texts / "notes", tmp_path / "notes")
     more = ["--mix", "text=3,roam=1", "--set", "train.total_steps=2"]
@@ -137,6 +173,55 @@ def test_what_looks_at_a_run_finds_its_text(train, niels, tmp_path, words):
     lost = niels(*words)
     assert lost.exit_code == 2
     assert "--text" in lost.stderr
+
+
+@pytest.fixture
+def mixed(train, texts, tmp_path):
+    """A run on wiki, on one note that gives no validation text, and on own text without a share."""
+    shutil.copytree(texts / "wiki", tmp_path / "wiki")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "note.md").write_text("Only a note.\n" * 40)
+    places = ["--wiki", "wiki", "--notes", "one", "--text", "own.txt"]
+    done = train(*places, "--mix", "wiki=3,roam=1")
+    assert done.exit_code == 0, done.output
+
+
+def test_only_what_a_run_was_evaluated_on_is_scored_by_itself(mixed, niels, tmp_path):
+    found = json.loads(niels("evaluate", "--ckpt", "a", "--json").stdout)
+    assert {*found["sources"]} == {"wiki", "primer"}
+    shutil.rmtree(tmp_path / "one")
+    again = niels("evaluate", "--ckpt", "a", "--source", "wiki", "--json")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["sources"] == {"wiki": found["sources"]["wiki"]}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "--ckpt", "a"],
+        ["inspect", "--ckpt", "a", "--only", "noise", "--batches", "1"],
+        ["replay", "--from", "a/step_0000002.pt", "--to", "b/latest.pt"],
+    ],
+)
+def test_a_place_that_is_named_makes_no_command_forget_the_others(mixed, niels, tmp_path, words):
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "a/latest.pt", tmp_path / "b")  # without its call
+    done = niels(*words, "--primer", paths.primer_path())
+    assert done.exit_code == 0, done.output
+    assert "Python" not in done.output
+
+
+def test_a_place_that_is_lost_and_a_damaged_call_are_told(train, niels, texts, tmp_path):
+    wiki = ["--wiki", texts / "wiki"]
+    assert train(*wiki, "--text", "own.txt", "--mix", "wiki=1,text=1").exit_code == 0
+    (tmp_path / "own.txt").rename(tmp_path / "moved.txt")
+    lost = niels("evaluate", "--ckpt", "a")
+    assert lost.exit_code == 0, lost.output
+    assert f"{tmp_path / 'own.txt'}, where this run had its text (text), does" in lost.stderr
+    (tmp_path / "a" / ".run.json").write_text("{")
+    damaged = niels("evaluate", "--ckpt", "a", "--source", "wiki", *wiki)
+    assert damaged.exit_code == 0, damaged.output
+    assert ".run.json: not valid JSON" in damaged.stderr
 
 
 @pytest.mark.parametrize(
@@ -285,13 +370,10 @@ def test_every_command_reads_the_text_of_such_a_run(train, niels, tmp_path):
 def test_evaluate_scores_the_sources_of_a_run_without_wiki(train, niels, texts):
     """No fallback text is built for it either."""
     assert train("--text", "own.txt", "--notes", texts / "notes").exit_code == 0
-    model = ["evaluate", "--ckpt", "a", "--notes", texts / "notes"]
-    alone = niels(*model)
-    assert alone.exit_code == 0, alone.output
-    assert "text: left out (no text was given with --text)" in alone.stderr
-    rows = [line.split()[0] for line in alone.stdout.splitlines()[2:]]
-    assert rows == ["roam"]
-    named = niels(*model, "--text", "own.txt", "--source", "text")
+    whole = niels("evaluate", "--ckpt", "a")
+    assert whole.exit_code == 0, whole.output
+    assert {line.split()[0] for line in whole.stdout.splitlines()[2:]} == {"text", "roam"}
+    named = niels("evaluate", "--ckpt", "a", "--text", "own.txt", "--source", "text")
     assert [line.split()[0] for line in named.stdout.splitlines()[2:]] == ["text"]
 
 

@@ -3,11 +3,14 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from niels_gpt import paths
+from niels_gpt.cli import main
 
 TINY = {"T": 12, "C": 8, "L": 1, "H": 2, "d_ff": 8}
 TRAIN = {"B": 2, "total_steps": 2, "eval_steps": 1, "ckpt_every": 1}
@@ -26,20 +29,31 @@ COMMANDS = {
 }
 
 
+CONFIG = json.dumps({"model": TINY, "train": {**TRAIN, "p_train": {"wiki": 0.5, "roam": 0.5}}})
+
+
+@pytest.fixture(scope="module")
+def trained(texts, tmp_path_factory):
+    """The folder of a run of two steps on wiki and notes."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "c.json").write_text(CONFIG)
+    config, out = str(folder / "c.json"), str(folder / "run")
+    text = ["--wiki", str(texts / "wiki"), "--roam", str(texts / "notes")]
+    words = ["train", "--config", config, "--out", out, "--device", "cpu", *text]
+    made = CliRunner().invoke(main, words)
+    assert made.exit_code == 0, made.output
+    return folder / "run"
+
+
 @pytest.fixture
-def run(niels, texts, tmp_path, monkeypatch):
-    """Train two steps on wiki and notes; then run a command with a wiki, and what is given."""
+def run(niels, trained, texts, tmp_path, monkeypatch):
+    """Run a command beside that run, without its call, with a wiki, and what is given."""
     monkeypatch.setattr(paths, "REPO_ROOT", tmp_path / "root")
     monkeypatch.setattr(paths, "ROAM_DIR", tmp_path / "root/.roam-data")
-    shares = {"wiki": 0.5, "roam": 0.5}
-    config = {"model": TINY, "train": {**TRAIN, "p_train": shares}}
-    (tmp_path / "c.json").write_text(json.dumps(config))
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / ".run.json").unlink()
+    (tmp_path / "c.json").write_text(CONFIG)
     where = ["--wiki", texts / "wiki"]
-    made = niels(
-        *("train", "--config", "c.json", "--out", "run", "--device", "cpu"),
-        *(*where, "--roam", texts / "notes"),
-    )
-    assert made.exit_code == 0, made.output
     return lambda name, *more: niels(*COMMANDS[name].split(), *where, *more)
 
 

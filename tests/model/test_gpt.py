@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -180,6 +181,24 @@ def test_a_model_uses_each_of_its_sites_once(monkeypatch):
     drop = dropout.dropout_keys(5, 0, range(1), dropout.sites(SMALL.L))
     GPT(SMALL)(random_ids(1, 12), drop=drop)
     assert seen == [tuple(key.tolist()) for key in drop[0]]
+
+
+def test_as_a_plain_module_it_drops_at_the_same_sites(monkeypatch):
+    """By torch's own dropout: the embedding, and in each block the attention and both branches."""
+    seen = []
+
+    def spy(x, p=0.5, training=True):
+        seen.append((tuple(x.shape), p, training))
+        return x
+
+    monkeypatch.setattr(F, "dropout", spy)
+    cfg = dataclasses.replace(SMALL, dropout=0.3)
+    GPT(cfg).train()(random_ids(2, 12))
+    attention, branch = (2, cfg.H, 12, 12), (2, 12, cfg.C)
+    assert seen == [(shape, 0.3, True) for shape in (branch, *[attention, branch, branch] * cfg.L)]
+    seen.clear()
+    GPT(cfg).eval()(random_ids(2, 12))
+    assert not seen
 
 
 def test_building_a_skeleton_touches_no_generator_and_no_memory():

@@ -4,6 +4,7 @@
 each, its name and what came of it. Should one of them run code, that leaves the file `EXECUTED`.
 """
 
+import contextlib
 import gzip
 import io
 import json
@@ -782,8 +783,8 @@ NODES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def _socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as unix:
-        unix.bind(str(path))
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(path.name)  # a longer name may be too long for a socket
 
 
 def _sparse(path: Path, size: int) -> None:

@@ -79,7 +79,7 @@ def test_a_text_that_is_gone_is_named(niels, half, texts, tmp_path):
     gone.write(tmp_path / "half")
     result = niels("train", "--resume", "half/step_0000004.pt")
     assert result.exit_code == 2
-    assert f"{tmp_path / 'gone'}, from where this run had its wiki text" in result.stderr
+    assert f"{tmp_path / 'gone'}, where this run had its text (wiki), does" in result.stderr
     assert "--wiki" in result.stderr
     given = niels("train", "--resume", "half/step_0000004.pt", "--wiki", texts / "wiki")
     assert given.exit_code == 0, given.output

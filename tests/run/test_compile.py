@@ -1,6 +1,7 @@
 """The compiled step: used only if it agrees with the eager one."""
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -20,6 +21,10 @@ from tests.training import same_state
 
 MODEL = ModelConfig(T=8, C=8, L=1, H=2, d_ff=8, dropout=0.2)
 TRAIN = TrainConfig(B=4, base_lr=0.1)
+
+NEEDS_COMPILER = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler"
+)
 
 
 @pytest.fixture
@@ -83,6 +88,7 @@ def test_what_agrees_is_used(any_state, batch, monkeypatch):
     assert all(tree_difference(*pair) == 0 for pair in pairs)
 
 
+@NEEDS_COMPILER
 def test_the_real_compiler_gives_the_same_steps(any_state, batch):
     eager, fast = any_state, any_state
     step = compile_step()
@@ -94,6 +100,7 @@ def test_the_real_compiler_gives_the_same_steps(any_state, batch):
         assert tree_difference(ours, eager.trees()[name]) < 1e-4
 
 
+@NEEDS_COMPILER
 def test_threads_of_a_compiled_step_add_up_in_the_same_order_each_time():
     """With few distinct ids, so that many positions share a row of the embedding."""
     cfg = ModelConfig(T=64, C=64, L=1, H=2, d_ff=64, dropout=0.2)

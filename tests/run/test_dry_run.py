@@ -103,6 +103,9 @@ def test_a_resumed_run_adds_the_files_that_are_not_there(texts, niels, tmp_path)
         assert json.loads(said.stdout)["checkpoint_files"] == new
     assert niels("train", *more).exit_code == 0
     assert len([*out.glob("*.pt")]) == there + 2
+    earlier = ["--resume", out / "step_0000002.pt", "--set", "train.total_steps=6"]
+    said = niels("train", *earlier, "--dry-run", "--json")  # latest.pt and best.pt will be moved
+    assert json.loads(said.stdout)["checkpoint_files"] == 6
 
 
 def test_estimating_writes_nothing_and_leaves_the_state_alone(texts, tmp_path):

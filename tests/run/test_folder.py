@@ -149,6 +149,27 @@ def test_a_best_that_could_not_be_saved_is_saved_with_the_next(train, failing_on
     assert (latest.step, latest.scores.best_step) == (8, 4)
 
 
+def test_a_best_that_can_never_be_saved_prevents_no_other_file(train, monkeypatch, tmp_path):
+    """As one that is locked in Finder: the run ends with code 1 and everything else."""
+    write = run_folder.write_checkpoint
+
+    def locked(paths, checkpoint):
+        if paths[0].name == "best.pt":
+            raise PermissionError(1, "Operation not permitted", str(paths[0]))
+        return write(paths, checkpoint)
+
+    monkeypatch.setattr(run_folder, "write_checkpoint", locked)
+    result = train("--out", "a", ckpt_every=2)
+    assert result.exit_code == 1
+    assert "the final save failed; last good checkpoint: a/latest.pt" in result.stderr
+    there = sorted(path.name for path in (tmp_path / "a").glob("*.pt"))
+    assert there == ["latest.pt", *(f"step_000000{k}.pt" for k in (2, 4, 6, 8))]
+    assert open_checkpoint(tmp_path / "a" / "latest.pt").step == 8
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert train("--resume", "a/latest.pt", "--out", "a").exit_code == 0
+
+
 def test_a_resume_in_its_folder_that_cannot_write_there_strands_nothing(
     train, niels, monkeypatch, tmp_path
 ):
