@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, settings
 
+from niels_gpt import paths
 from niels_gpt.cli import main
 
 settings.register_profile(
@@ -36,6 +37,19 @@ def threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def own_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root of the program without text of the user's; its cache serves all tests."""
+    return tmp_path_factory.mktemp("root")
+
+
+@pytest.fixture(autouse=True)
+def no_text_of_the_checkouts_own(own_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read no notes and no wiki text that somebody has put into the checkout; write no cache."""
+    monkeypatch.setattr(paths, "REPO_ROOT", own_root)
+    monkeypatch.setattr(paths, "ROAM_DIR", own_root / ".roam-data")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -44,12 +45,12 @@ def installed(tmp_path, **env):
 
 
 def test_a_checkout_is_its_own_root():
-    assert paths.REPO_ROOT == REPO
-    assert paths.ROAM_DIR == REPO / ".roam-data"
-    assert paths.PRIMER_PATH == REPO / "data" / "primer.txt"
-    assert paths.CHECKPOINT_DIR == REPO / "checkpoints"
-    assert paths.CONFIG_DIR == REPO / "configs"
-    assert paths.primer_path() == paths.PRIMER_PATH
+    found = runpy.run_path(paths.__file__)  # as it is imported
+    assert found["REPO_ROOT"] == REPO
+    assert found["ROAM_DIR"] == REPO / ".roam-data"
+    assert found["PRIMER_PATH"] == found["primer_path"]() == REPO / "data" / "primer.txt"
+    assert found["CHECKPOINT_DIR"] == REPO / "checkpoints"
+    assert found["CONFIG_DIR"] == REPO / "configs"
 
 
 def test_installed_the_current_folder_is_the_root(tmp_path):

@@ -11,6 +11,8 @@ import pytest
 from tests import ROOT
 from tests.reliability import hostile
 
+pytestmark = pytest.mark.xdist_group("hostile")  # one process tries them all
+
 
 @pytest.fixture(scope="module")
 def results(request, tmp_path_factory) -> tuple[Path, dict[str, list[str]]]:

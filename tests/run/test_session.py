@@ -3,14 +3,17 @@
 import errno
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 from niels_gpt.checkpoint import load_checkpoint
 from niels_gpt.cli.shared.output import EnduringConsole
 from niels_gpt.corpus import Corpus
+from niels_gpt.eval import Scores
 from niels_gpt.files import durable
-from niels_gpt.run import folder
+from niels_gpt.run import folder, progress
+from tests.run.test_dry_run import plan_of
 
 CONFIG = {
     "model": {"T": 16, "C": 8, "L": 1, "H": 2, "d_ff": 8},
@@ -109,3 +112,30 @@ def test_on_a_terminal_a_line_shows_where_the_run_is(train, monkeypatch):
     shown = train().stderr
     for words in ("step 1/6  loss ", " left  ", " bytes/s  ", "  lr 0.0003"):
         assert words in shown, words
+
+
+def test_the_speed_is_that_of_the_steps_alone(texts, tmp_path, monkeypatch):
+    """The time of an evaluation and of a text that is shown counts, but not for the speed."""
+    clock, records = SimpleNamespace(now=0.0), []
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    plan = plan_of(texts, tmp_path / "out", total_steps=6)
+    metrics = SimpleNamespace(add=records.append)
+    console = SimpleNamespace(say=lambda *lines: None, is_live=False)
+    reporter = progress.Reporter(plan, metrics, console)
+    bytes_per_step = plan.corpus.B * plan.corpus.T
+    for seconds, report in [
+        (2.0, lambda: reporter.on_log(2, 0.1, {"loss": 1.0})),
+        (8.0, lambda: reporter.on_eval(2, Scores(1.0, 2, 1.0, 2))),
+        (1.0, lambda: reporter.on_log(4, 0.1, {"loss": 1.0})),
+        (5.0, lambda: reporter.on_text(4, "A text.")),
+        (4.0, lambda: reporter.on_log(5, 0.1, {"loss": 1.0})),
+    ]:
+        clock.now += seconds
+        report()
+    assert [r.get("bytes_per_s") for r in records] == [
+        bytes_per_step,
+        None,
+        2 * bytes_per_step,
+        round(bytes_per_step / 4),
+    ]
+    assert [r["seconds"] for r in records] == [2.0, 10.0, 11.0, 20.0]
