@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from niels_gpt.config import ConfigDocument, TrainConfig
+from niels_gpt.config import ConfigDocument, TrainConfig, find_config
 from niels_gpt.data.sources import SOURCES, Given, Place, all_places, option_of
 from niels_gpt.files import durable
 from niels_gpt.files.names import CALL
@@ -56,7 +56,7 @@ def recall(given: Given, before: Call) -> Given:
 
 def gives_shares(options: TrainOptions, before: Call, document: ConfigDocument) -> bool:
     """Return whether shares are given anew: by `--mix`, `--set`, or another config than before."""
-    is_other = _config_name(options.config) != before.config
+    is_other = _file_of(document.where) != _file_of(before.config)
     by_config = is_other and document.gives(SHARES)
     by_set = ConfigDocument("", {}).gives(SHARES, options.overrides)
     return by_config or by_set or options.given.mix is not None
@@ -69,9 +69,10 @@ def without_what_is_gone(given: Given, before: Call, needed: Collection[str]) ->
         FileNotFoundError: if one of a source that is needed does not.
     """
     lost = _lost(before)
-    gone = {name for name in lost if given.places.get(name) == _place(before.places[name])}
-    for name in (name for name in gone if name in needed):
-        raise FileNotFoundError(f"{lost[name]}: give its place with {option_of(name)}")
+    gone = [name for name in lost if given.places.get(name) == _place(before.places[name])]
+    for name in gone:
+        if name in needed:
+            raise FileNotFoundError(f"{lost[name]}: give its place with {option_of(name)}")
     places = {name: place for name, place in given.places.items() if name not in gone}
     return replace(given, places=places)
 
@@ -139,6 +140,14 @@ def _are_shares(value: object) -> bool:
     except ValueError:
         return False
     return bool(shares) and shares.keys() <= SOURCES.keys()
+
+
+def _file_of(config: str | None) -> str | None:
+    """Return the absolute path of a config, by path or by name; None if it is not there."""
+    try:
+        return None if config is None else str(find_config(config).resolve())
+    except FileNotFoundError:
+        return None
 
 
 def _config_name(config: str | None) -> str | None:

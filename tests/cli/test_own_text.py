@@ -79,14 +79,19 @@ def test_a_resume_finds_the_texts_and_their_mix_and_ends_in_the_same_bytes(
         ["--text", "own.txt", "--notes", "{notes}", "--mix", "roam=3,text=1"],
     ],
 )
-def test_a_resume_that_names_the_config_again_has_the_same_text(train, texts, tmp_path, given):
+def test_a_resume_that_names_the_config_again_has_the_same_text(
+    train, niels, texts, tmp_path, given
+):
     given = [word.format(notes=texts / "notes") for word in given]
     assert train(*given).exit_code == 0
     bits = (tmp_path / "a/latest.pt").read_bytes()
     assert train(*given, "--set", "train.total_steps=2").exit_code == 0
-    resumed = train("--resume", "a/latest.pt")
-    assert resumed.exit_code == 0, resumed.output
-    assert (tmp_path / "a/latest.pt").read_bytes() == bits
+    (tmp_path / "other").mkdir()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for out, name in ("a", "c.json"), ("b", "other/../c.json"):  # the same config, however named
+        resumed = niels("train", "--config", name, "--resume", f"{out}/latest.pt")
+        assert resumed.exit_code == 0, resumed.output
+        assert (tmp_path / out / "latest.pt").read_bytes() == bits
 
 
 def test_shares_that_are_set_on_a_resume_are_not_those_of_the_earlier_call(train, texts, tmp_path):
