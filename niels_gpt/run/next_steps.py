@@ -12,7 +12,7 @@ from niels_gpt.files.names import BEST
 from niels_gpt.mix import written
 from niels_gpt.run.folder import Folder
 from niels_gpt.run.options import TrainOptions
-from niels_gpt.run.plan import Plan
+from niels_gpt.run.plan import CHAT, NOTES, Plan
 from niels_gpt.state import TrainState
 
 
@@ -26,9 +26,9 @@ class Stage(NamedTuple):
 
 
 STAGES = {  # of a run on several texts the first of these, of one alone the last
-    "text": Stage("fine-tune it on the text alone", "notes", "text", ("--mix", "text=1")),
-    "roam": Stage("fine-tune it on the notes alone", "notes", "notes"),
-    "primer": Stage("teach it to chat", "chat", "chat", ("--mix", "primer=1")),
+    "text": Stage("fine-tune it on the text alone", NOTES, "text", ("--mix", "text=1")),
+    "roam": Stage("fine-tune it on the notes alone", NOTES, "notes"),
+    "primer": Stage("teach it to chat", CHAT, "chat", ("--mix", "primer=1")),
 }
 PROMPT = "The "
 

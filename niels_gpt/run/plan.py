@@ -31,7 +31,7 @@ from niels_gpt.schema import parameter_shapes
 from niels_gpt.state import TrainState
 from niels_gpt.streams import as_recorded, locate
 
-SECOND_STAGES = ("notes", "chat")  # configs for `--from`
+NOTES, CHAT = SECOND_STAGES = ("notes", "chat")  # configs for `--from`
 COMPILE_FLOPS = 1e14  # compile longer runs by default: about 20 minutes on two cores
 
 
