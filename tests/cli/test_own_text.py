@@ -83,6 +83,9 @@ def test_a_resume_that_names_the_config_again_has_the_same_text(
     train, niels, texts, tmp_path, given
 ):
     given = [word.format(notes=texts / "notes") for word in given]
+    shares = {"wiki": 0.5, "roam": 0.3, "primer": 0.2}  # of the config, which the call overrides
+    config = {**CONFIG, "train": {**CONFIG["train"], "p_train": shares}}
+    (tmp_path / "c.json").write_text(json.dumps(config))
     assert train(*given).exit_code == 0
     bits = (tmp_path / "a/latest.pt").read_bytes()
     assert train(*given, "--set", "train.total_steps=2").exit_code == 0
