@@ -12,13 +12,15 @@ from niels_gpt.analysis.scaling import (
     Law,
     Text,
     base_lr,
+    beyond_the_runs,
     distinct_bytes,
     matrix_count,
     model_config,
     train_config,
 )
-from niels_gpt.config import ModelConfig
+from niels_gpt.config import ModelConfig, load_config_from_json
 from niels_gpt.lr_schedule import lr_of_step
+from tests import ROOT
 
 laws = st.builds(
     Law,
@@ -94,3 +96,14 @@ def test_a_schedule_ends_at_zero(steps, lr):
 def test_the_rate_falls_with_the_width():
     assert [base_lr(C) for C, _ in SHAPES] == sorted((base_lr(C) for C, _ in SHAPES), reverse=True)
     assert base_lr(128) == 0.014
+
+
+@pytest.mark.parametrize(
+    ("name", "beyond"), [("half-hour", False), ("hour", False), ("night", True)]
+)
+def test_a_run_much_larger_than_those_of_the_law_is_told(name, beyond):
+    cfg, schedule = load_config_from_json(ROOT / "configs" / f"{name}.json")
+    D = schedule.total_steps * schedule.B * cfg.T
+    lines = beyond_the_runs(cfg, D, schedule.total_steps)
+    assert [line for line in lines if "do not rely on the interval" in line] == lines
+    assert bool(lines) is beyond
